@@ -1,0 +1,68 @@
+# What one does with this tree, in one word each. `make` alone lists the words. It leaves the building to CMakeLists.txt
+# and pyproject.toml, and the environment to tools/setup.sh.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= $(shell nproc)
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+PYTEST_ARGS ?=
+NATIVE := $(wildcard native/*.[ch] native/tests/*.[ch])
+
+.PHONY: help setup demo test bench lint native-test native-test-sanitized fmt clean
+
+help: ## list these words
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 32
+
+setup: ## make .venv: system packages (as root on Debian), libraries, both packages
+	@$(if $(SETUP_IS_DONE),:,tools/setup.sh)
+
+demo: setup ## show page sharing on this machine (DEMO_ARGS=...)
+	@$(BIN)/sharearea demo $(DEMO_ARGS)
+
+# One after the other, pytest last: its closing line is the last one.
+test: setup ## all checks and tests: lint, native, native with sanitizers, pytest (PYTEST_ARGS=...)
+	@$(MAKE) SETUP_IS_DONE=1 lint
+	@$(MAKE) SETUP_IS_DONE=1 native-test
+	@$(MAKE) SETUP_IS_DONE=1 native-test-sanitized
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: setup ## measure (BENCH_ARGS=...)
+	@$(BIN)/python -m bench $(BENCH_ARGS)
+
+lint: setup ## ruff, mypy, import-linter, clang-format; changes nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+# The log of a quiet step is shown only if the step fails.
+define native_test
+	@mkdir -p $(1)
+	@$(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DSA_BUILD_TESTS=ON $(2) \
+	  >$(1)/configure.log || { cat $(1)/configure.log; exit 1; }
+	@$(BIN)/cmake --build $(1) --parallel $(JOBS) >$(1)/build.log || { cat $(1)/build.log; exit 1; }
+	@$(BIN)/ctest --test-dir $(1) --output-on-failure --no-tests=error
+endef
+
+native-test: setup ## the C core's own tests, without Python
+	$(call native_test,build/native,)
+
+native-test-sanitized: setup ## the same under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(call native_test,build/native-sanitized,-DSA_SANITIZE=ON)
+
+fmt: setup ## format Python and C
+	$(BIN)/ruff check --fix-only --select I
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(NATIVE)
+
+clean: ## remove everything that was built or installed
+	rm -rf $(VENV) build dist guest-agent/build guest-agent/dist .mypy_cache .pytest_cache .ruff_cache \
+	  .import_linter_cache .hypothesis
+	find . -name .git -prune -o -name __pycache__ -prune -exec rm -rf {} +
