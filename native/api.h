@@ -1,0 +1,224 @@
+/*
+ * api.h - every declaration of the native core, once.
+ *
+ * The C compiler and cffi read this same text, so it holds types, enumerators and prototypes only: no line may begin
+ * with '#'. Include "sa.h" from C, which adds what a preprocessor needs around it.
+ *
+ * Conventions: a function that can fail returns 0 or -errno; results go to out parameters, last, named ret*. A pointer
+ * that is not named ret* is read only and stays the caller's. "Packed" means an array without gaps in the byte order of
+ * this machine (little-endian; checked at build time). A page is 4096 bytes. No function keeps a caller's pointer.
+ * Nothing here prints, aborts or takes a lock; unless it says so, a function may run in any thread at any time, and one
+ * object may be used by one thread at a time.
+ */
+
+enum {
+	SA_PAGE_SIZE = 4096,
+	SA_FP_SIZE = 32,            /* one fingerprint, one file root, one key */
+	SA_SEGMENT_HEADER = 2097152 /* bytes before slot 0 of a segment */
+};
+
+/* ------------------------------------------------------------------------------------------------ hash.c */
+
+/* What sa_hash_kernel_state says of a kernel. */
+enum { SA_KERNEL_RUNS = 0, SA_KERNEL_NO_CPU = 1, SA_KERNEL_NOT_BUILT = 2 };
+
+/* Kernels are numbered from 0; kernel 0 is "scalar" and defines the result of all others. Not built is not absent:
+ * every name is listed in every build. */
+int sa_hash_kernel_count(void);
+const char *sa_hash_kernel_name(int kernel); /* static string, NULL out of range */
+int sa_hash_kernel_state(int kernel);        /* SA_KERNEL_*, -EINVAL out of range */
+
+/* Choose the kernel for all later calls of this process; "auto" is the fastest one that runs. -ENOENT: no such name;
+ * -ENOTSUP: this CPU lacks it; -ENOSYS: not built. On error the choice stays what it was. Call before threads start. */
+int sa_hash_select(const char *name);
+const char *sa_hash_selected(void); /* static string: the name of the kernel in use, never "auto" */
+
+/* Keyed BLAKE3-256 of each of npages pages that lie one after the other at pages. ret_fps: npages * 32 bytes.
+ * ret_zero: npages bytes, 1 where all 4096 bytes are zero, else 0 (may be NULL). Both are written in the same pass. */
+int sa_fingerprint_pages(const uint8_t *key, const uint8_t *pages, size_t npages, uint8_t *ret_fps, uint8_t *ret_zero);
+
+/* File root: BLAKE3-256 in derive-key mode, context "sharearea 2026-11-20 file root v1", over the file's size (u64
+ * little-endian) and then its npages fingerprints. Writes 32 bytes. */
+int sa_file_root(uint64_t size, const uint8_t *fps, size_t npages, uint8_t *ret_root);
+
+/* ------------------------------------------------------------------------------------------- pagecache.c */
+
+/* State of a page after a read that is allowed to touch resident pages only. */
+enum { SA_PAGE_ABSENT = 0, SA_PAGE_DATA = 1, SA_PAGE_ZERO = 2 };
+
+/* How sa_resident_runs found out, and what to force in a test. */
+enum { SA_RESIDENCY_AUTO = 0, SA_RESIDENCY_CACHESTAT = 1, SA_RESIDENCY_MINCORE = 2 };
+
+/* Pages of [first, first + npages) of the regular file fd that are in the page cache, and those of them that are dirty
+ * or under writeback, as the kernel counts them (cachestat(2), Linux 6.5). -ENOSYS on older kernels; -EOPNOTSUPP on
+ * overlayfs, of whose files it sees nothing; -EPERM if the file is neither ours nor writable by us. npages 0: to the
+ * end of the file. Causes no I/O. */
+int sa_cachestat(int fd, uint64_t first, uint64_t npages, uint64_t *ret_cached, uint64_t *ret_dirty);
+
+/* Resident pages of the first npages pages of fd, as ascending, disjoint, maximal runs: ret_runs gets pairs
+ * (first, count), max_runs pairs at the most. how: SA_RESIDENCY_*; AUTO asks cachestat first, which settles files that
+ * are wholly resident or wholly absent, and mincore(2) over a bounded window for the rest; with no cachestat, mincore
+ * only. *ret_covered: pages looked at, fewer than npages when max_runs was reached. -EPERM: the kernel hides it from us
+ * (mincore says 1 for all pages then; that is found out, not passed on). Causes no I/O. */
+int sa_resident_runs(int fd, uint64_t npages, int how, uint32_t *ret_runs, size_t max_runs, size_t *ret_nruns,
+                     uint64_t *ret_covered);
+
+/* Fingerprint the resident pages among [first, first + npages) of fd, which the caller found resident. Copies them into
+ * a bounded buffer without starting read-ahead (pagecache.c says how) and hashes each piece while it is in the
+ * processor's cache; a page that is not there any more is ABSENT, costs no I/O and its 32 bytes are zeroed. The last,
+ * short page of the file counts as zero-padded; size is the file's size as the caller knows it: a file that has a
+ * different size now makes pages past its end ABSENT, and the short last page too, never a signal. ret_fps:
+ * npages * 32 bytes, ret_state: npages bytes SA_PAGE_*. Where residency is hidden or a mapping refused,
+ * preadv2(RWF_NOWAIT) or else pread(2) after the caller's own residency check. */
+int sa_fingerprint_file(int fd, const uint8_t *key, uint64_t size, uint64_t first, uint64_t npages, uint8_t *ret_fps,
+                        uint8_t *ret_state);
+
+/* The same way of reading, into ret_pages (npages * 4096 bytes, zero-padded), with the fingerprints of exactly the
+ * bytes that were returned. */
+int sa_read_pages(int fd, const uint8_t *key, uint64_t size, uint64_t first, uint64_t npages, uint8_t *ret_pages,
+                  uint8_t *ret_fps, uint8_t *ret_state);
+
+/* Compare npages pages at mem with pages [first, first + npages) of fd (zero-padded at the end of the file), reading
+ * the file through a bounded buffer; pages that are not resident are read from disk. *ret_equal: how many leading
+ * pages are equal. */
+int sa_compare_pages(int fd, uint64_t first, uint64_t npages, const uint8_t *mem, uint64_t *ret_equal);
+
+/* Drop clean, unmapped pages [first, first + npages) of fd from the page cache (POSIX_FADV_DONTNEED; npages 0: to the
+ * end). *ret_before, *ret_after: resident pages of the range as cachestat, or where it cannot tell mincore, counts them
+ * just before and just after; both 0 with return -EPERM where neither tells (the pages are dropped all the same). */
+int sa_drop_pages(int fd, uint64_t first, uint64_t npages, uint64_t *ret_before, uint64_t *ret_after);
+
+/* ------------------------------------------------------------------------------------------------- map.c */
+
+/* A segment of a sharing area on the local backend: a memfd of SA_SEGMENT_HEADER + nslots * 4096 bytes.
+ * A created segment is writable through the mapping that its creator holds and by nobody else, ever: it is sealed
+ * (FUTURE_WRITE, GROW, SHRINK, SEAL) before its descriptor leaves sa_segment_create. An adopted one is read only. */
+typedef struct sa_segment sa_segment;
+
+int sa_segment_create(const char *name, uint32_t nslots, sa_segment **ret);
+/* Takes a duplicate of fd; refuses (-EPERM) a descriptor without those seals, (-EINVAL) one of another size. */
+int sa_segment_adopt(int fd, uint32_t nslots, sa_segment **ret);
+void sa_segment_destroy(sa_segment *segment); /* NULL is fine */
+int sa_segment_fd(const sa_segment *segment); /* stays the segment's */
+uint32_t sa_segment_nslots(const sa_segment *segment);
+int sa_segment_writable(const sa_segment *segment);
+/* st_dev and st_ino of the memfd: they name it for as long as the host runs. */
+int sa_segment_identity(const sa_segment *segment, uint64_t *ret_dev, uint64_t *ret_ino);
+int sa_segment_allocated(const sa_segment *segment, uint64_t *ret_bytes); /* memory the kernel holds for it */
+
+/* Copy npages pages into slots [first, first + npages), then fingerprint the copies under key and compare them with
+ * want (npages * 32 bytes): ret_ok gets npages bytes, 1 where equal. -ERANGE outside the segment, -EROFS if adopted. */
+int sa_segment_fill(sa_segment *segment, const uint8_t *key, uint32_t first, uint32_t npages, const uint8_t *pages,
+                    const uint8_t *want, uint8_t *ret_ok);
+/* Fingerprint what is in the slots now and compare. */
+int sa_segment_verify(const sa_segment *segment, const uint8_t *key, uint32_t first, uint32_t npages,
+                      const uint8_t *want, uint8_t *ret_ok);
+/* Copy npages pages out of the slots. */
+int sa_segment_read(const sa_segment *segment, uint32_t first, uint32_t npages, uint8_t *ret_pages);
+
+/* One stretch of a mapping: count pages of a file beginning at page, from slot on of some segment. */
+struct sa_run {
+	uint32_t page;
+	uint32_t slot;
+	uint32_t count;
+};
+
+/* Put slots of a segment (descriptor fd; slot numbers relative to the segment) under an existing mapping of a file:
+ * for each run, pages [run.page, run.page + run.count) of the mapping at base, which is npages long, become read-only
+ * shared pages of the segment. One mmap per run. A run outside the mapping: -ERANGE before anything was mapped.
+ * *ret_mapped: runs done; on error the later ones are what they were. Never PROT_EXEC, never PROT_WRITE. Sets aside a
+ * few mappings once per process, so that sa_map_file works when vm.max_map_count has been reached. */
+int sa_map_runs(void *base, uint64_t npages, int fd, const struct sa_run *runs, size_t nruns, size_t *ret_mapped);
+
+/* Put pages [first, first + npages) of file fd back at the same place of the mapping at base, read only and shared,
+ * with no read-ahead if random is not 0. One mmap; atomic for every other thread. */
+int sa_map_file(void *base, int fd, uint64_t first, uint64_t npages, int random);
+
+/* Compare a mapping's runs with the file under them (sa_compare_pages for each run). *ret_equal_runs: leading runs that
+ * are equal in all their pages. */
+int sa_compare_runs(const void *base, uint64_t npages, int fd, const struct sa_run *runs, size_t nruns,
+                    size_t *ret_equal_runs);
+
+/* ----------------------------------------------------------------------------------------------- lease.c */
+
+/* A signalfd that reports broken read leases. Blocks the lease signal (and SIGIO, which the kernel sends when its
+ * queue is full) in the calling thread: call it before any other thread exists. */
+int sa_lease_watch_open(int *ret_fd);
+/* Take or give back a read lease on fd, which must be open read only. -EAGAIN: somebody has the file open for
+ * writing. -EACCES: not the owner of the file and no CAP_LEASE. Giving back a lease that is gone is no error. */
+int sa_lease_take(int fd);
+int sa_lease_release(int fd);
+/* 1 while the lease is whole, 0 when it is being broken or gone. */
+int sa_lease_held(int fd, int *ret_held);
+/* Read what has been reported: descriptors whose lease is being broken, max at the most, without blocking; *ret_n 0
+ * when there is nothing. *ret_overflow 1: reports were lost, ask sa_lease_held for every lease. */
+int sa_lease_watch_read(int watch_fd, int *ret_fds, size_t max, size_t *ret_n, int *ret_overflow);
+
+/* ----------------------------------------------------------------------------------------------- table.c */
+
+/* The fingerprint table of one pool: which pages are known, who holds them, which slot has them, who maps the slot.
+ * Pages have dense ids (uint32, recycled); id 0 is the zero page. sharearea/pagetable.py has the slow twin that defines
+ * every function below. All arrays are packed; ids and slots are uint32; the slot 0xffffffff means no slot. */
+typedef struct sa_table sa_table;
+
+/* seed: 40 random bytes (peers choose fingerprints; the seed keeps them from choosing collisions). zero_fp: the
+ * fingerprint of the zero page. Holders are numbered [0, max_holders); at most max_pages pages. */
+int sa_table_create(const uint8_t *seed, const uint8_t *zero_fp, uint32_t max_holders, uint32_t max_pages,
+                    sa_table **ret);
+void sa_table_destroy(sa_table *table);
+
+/* Find or add n fingerprints, one reference to each occurrence. -ENOSPC: max_pages, or 2^30 - 1 references of one page,
+ * would be passed; nothing is changed then. */
+int sa_table_intern(sa_table *table, const uint8_t *fps, size_t n, uint32_t *ret_ids);
+/* Give back one reference per occurrence. A page without references forgets its holders and leaves its slot; without
+ * a pending publication its id is recycled. ret_freed (n entries): slots that nobody maps and no page uses now. */
+int sa_table_unref(sa_table *table, const uint32_t *ids, size_t n, uint32_t *ret_freed, size_t *ret_nfreed);
+
+/* Set, clear one holder on n pages; clear one holder everywhere. */
+int sa_table_mark(sa_table *table, const uint32_t *ids, size_t n, uint32_t holder);
+int sa_table_unmark(sa_table *table, const uint32_t *ids, size_t n, uint32_t holder);
+int sa_table_forget(sa_table *table, uint32_t holder);
+
+/* Positions (0..n-1, ascending) in ids of pages that have no slot, are not pending, are not the zero page and have at
+ * least k holders; each page once. They are pending from now on. ret_positions: n entries. */
+int sa_table_want(sa_table *table, const uint32_t *ids, size_t n, uint32_t k, uint32_t *ret_positions, size_t *ret_n);
+/* Not pending any more (and not published). Recycles ids that lost their last reference meanwhile. */
+int sa_table_unwant(sa_table *table, const uint32_t *ids, size_t n);
+/* Page ids[i] is in slots[i] now and not pending; a slot it had before is left (a move), and listed in ret_freed
+ * (n entries) if nobody maps it. A page that lost its last reference while pending gets no slot: slots[i] is listed in
+ * ret_freed instead. -EEXIST: a slot is used by a page or mapped, or given twice; nothing is changed then. */
+int sa_table_publish(sa_table *table, const uint32_t *ids, const uint32_t *slots, size_t n, uint32_t *ret_freed,
+                     size_t *ret_nfreed);
+
+int sa_table_fps(const sa_table *table, const uint32_t *ids, size_t n, uint8_t *ret_fps);
+/* Slot of each page, 0xffffffff where there is none. */
+int sa_table_slots(const sa_table *table, const uint32_t *ids, size_t n, uint32_t *ret_slots);
+/* How many of the n are: zero pages; in a slot; occurrences beyond the first of the same page (zero pages left out). */
+int sa_table_count(sa_table *table, const uint32_t *ids, size_t n, uint64_t *ret_zero, uint64_t *ret_in_slot,
+                   uint64_t *ret_repeated);
+/* Runs (page, slot, count) over the pages that are in slots: pages[i] is the page number of ids[i] in its file (NULL:
+ * i). Neither pages nor slots jump inside a run, and no run crosses a multiple of slots_per_segment. ret_runs: n
+ * entries of three uint32. */
+int sa_table_runs(const sa_table *table, const uint32_t *ids, const uint32_t *pages, size_t n,
+                  uint32_t slots_per_segment, uint32_t *ret_runs, size_t *ret_nruns);
+
+/* One more, one fewer mapping of every slot in the runs (the second field of each triple is the slot). -ERANGE: a slot
+ * was never used; -EINVAL on unmap: a slot has no mapping; nothing is changed then. ret_freed: room for all slots. */
+int sa_table_map(sa_table *table, const uint32_t *runs, size_t nruns);
+int sa_table_unmap(sa_table *table, const uint32_t *runs, size_t nruns, uint32_t *ret_freed, size_t *ret_nfreed);
+
+/* Slots [first, first + n) that pages use: ret_slots, ret_ids (n entries each). *ret_mapped: mappings of slots in the
+ * range, used by a page or not. */
+int sa_table_live(const sa_table *table, uint32_t first, size_t n, uint32_t *ret_slots, uint32_t *ret_ids,
+                  size_t *ret_n, uint64_t *ret_mapped);
+
+struct sa_table_totals {
+	uint64_t pages;          /* distinct pages known, the zero page left out */
+	uint64_t slots_used;     /* slots that a page uses */
+	uint64_t slots_mapped;   /* distinct slots with at least one mapping */
+	uint64_t mappings;       /* sum of mappings over all slots */
+	uint64_t pending;        /* pages wanted and not yet published */
+	uint64_t memory_bytes;   /* memory of the table itself */
+	uint64_t by_holders[8];  /* slots used, by holders of their page: 0, 1, 2, 3, 4-7, 8-15, 16-31, 32 and more */
+};
+int sa_table_totals(const sa_table *table, struct sa_table_totals *ret);

@@ -1,0 +1,20 @@
+/*
+ * sa.h - what C code includes: api.h with the preprocessor's part around it, and helpers shared by the native core.
+ * It declares nothing that is not in api.h to Python.
+ */
+#ifndef SA_H
+#define SA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#pragma GCC visibility push(default)
+#include "api.h"
+#pragma GCC visibility pop
+
+#define SA_NONE UINT32_MAX /* no slot, no page */
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "packed columns are little-endian");
+_Static_assert(sizeof(struct sa_run) == 12, "a run is three packed uint32");
+
+#endif
