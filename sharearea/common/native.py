@@ -1,0 +1,659 @@
+"""The native core, typed: the only module that imports the extension.
+
+Callers see ints, bytes and the two classes Segment and NativePageTable, never a pointer. Every -errno becomes an
+exception in one place (`_MEANINGS`). What the functions do is said once, in native/api.h; the docstrings here add the
+shapes of the Python side. A column is a packed array in this machine's (little-endian) byte order: a fingerprint column
+has 32 bytes per page, an id, slot or position column 4, a run column 8 (first, count) or 12 (page, slot, count).
+
+Columns go in as any contiguous bytes-like object and are not copied, unless 32-bit numbers in them are not aligned to 4
+bytes. A column whose length is not a multiple of its element is a ValueError, and so is a number that does not fit its
+C type. The GIL is released in every call: buffers must not change meanwhile. Segment and NativePageTable hold a
+lock for the time of a call, so that close() in another thread waits.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from types import TracebackType
+from typing import Any, Final, NamedTuple, Self, TypeAlias
+
+from .. import _native  # type: ignore[attr-defined]  # built; it has no source that mypy could read
+from .errors import AreaFull, Closed, HostError, NativeError, ShareareaError, TableFull
+
+ffi: Any = _native.ffi
+lib: Any = _native.lib
+
+BytesLike: TypeAlias = bytes | bytearray | memoryview
+"""A contiguous buffer of bytes."""
+
+PAGE_SIZE: Final[int] = lib.SA_PAGE_SIZE
+FP_SIZE: Final[int] = lib.SA_FP_SIZE
+SEGMENT_HEADER: Final[int] = lib.SA_SEGMENT_HEADER
+SEED_SIZE: Final = 40
+NO_SLOT: Final = 0xFFFFFFFF
+
+KERNEL_RUNS: Final[int] = lib.SA_KERNEL_RUNS
+KERNEL_NO_CPU: Final[int] = lib.SA_KERNEL_NO_CPU
+KERNEL_NOT_BUILT: Final[int] = lib.SA_KERNEL_NOT_BUILT
+
+PAGE_ABSENT: Final[int] = lib.SA_PAGE_ABSENT
+PAGE_DATA: Final[int] = lib.SA_PAGE_DATA
+PAGE_ZERO: Final[int] = lib.SA_PAGE_ZERO
+
+RESIDENCY_AUTO: Final[int] = lib.SA_RESIDENCY_AUTO
+RESIDENCY_CACHESTAT: Final[int] = lib.SA_RESIDENCY_CACHESTAT
+RESIDENCY_MINCORE: Final[int] = lib.SA_RESIDENCY_MINCORE
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+
+
+class _Meaning(NamedTuple):
+    """What one error number of one call says, where api.h or the call's use gives it more than strerror()."""
+
+    error: type[ShareareaError | ValueError]
+    text: str
+    hint: str = ""
+
+
+_NO_CACHESTAT = _Meaning(NativeError, "this kernel has no cachestat", "run Linux 6.5 or newer")
+_NO_MEMORY = _Meaning(AreaFull, "the host has no memory for another segment")
+_NO_DESCRIPTOR = _Meaning(AreaFull, "no file descriptor is left for another segment", "raise the limit on open files")
+_TOO_MANY_MAPPINGS = _Meaning(NativeError, "this process has too many mappings", "raise vm.max_map_count")
+_OUTSIDE_SEGMENT = _Meaning(NativeError, "slots outside the segment")
+
+_MEANINGS: Final[dict[tuple[str, int], _Meaning]] = {
+    ("sa_hash_select", errno.ENOENT): _Meaning(HostError, "there is no hash kernel of this name"),
+    ("sa_hash_select", errno.ENOTSUP): _Meaning(HostError, "this CPU cannot run this hash kernel", 'use "auto"'),
+    ("sa_hash_select", errno.ENOSYS): _Meaning(HostError, "this hash kernel is not in this build", 'use "auto"'),
+    ("sa_cachestat", errno.ENOSYS): _NO_CACHESTAT,
+    ("sa_drop_pages", errno.ENOSYS): _NO_CACHESTAT,
+    ("sa_segment_create", errno.ENOMEM): _NO_MEMORY,
+    ("sa_segment_create", errno.ENOSPC): _NO_MEMORY,
+    ("sa_segment_create", errno.EMFILE): _NO_DESCRIPTOR,
+    ("sa_segment_create", errno.ENFILE): _NO_DESCRIPTOR,
+    ("sa_segment_adopt", errno.EPERM): _Meaning(NativeError, "the descriptor lacks the seals of a segment"),
+    ("sa_segment_adopt", errno.EINVAL): _Meaning(NativeError, "the descriptor is no segment of this size"),
+    ("sa_segment_fill", errno.ERANGE): _OUTSIDE_SEGMENT,
+    ("sa_segment_fill", errno.EROFS): _Meaning(NativeError, "an adopted segment is read only"),
+    ("sa_segment_verify", errno.ERANGE): _OUTSIDE_SEGMENT,
+    ("sa_segment_read", errno.ERANGE): _OUTSIDE_SEGMENT,
+    ("sa_map_runs", errno.ERANGE): _Meaning(NativeError, "a run lies outside the mapping"),
+    ("sa_compare_runs", errno.ERANGE): _Meaning(NativeError, "a run lies outside the mapping"),
+    ("sa_map_runs", errno.ENOMEM): _TOO_MANY_MAPPINGS,
+    ("sa_map_file", errno.ENOMEM): _TOO_MANY_MAPPINGS,
+    ("sa_lease_take", errno.EAGAIN): _Meaning(NativeError, "somebody has the file open for writing"),
+    ("sa_lease_take", errno.EACCES): _Meaning(
+        NativeError, "no right to a lease on this file", "run as the file's owner or with CAP_LEASE"
+    ),
+    ("sa_table_intern", errno.ENOSPC): _Meaning(TableFull, "the fingerprint table has no room for this report"),
+    ("sa_table_*", errno.EINVAL): _Meaning(ValueError, "an id, a number or an array that the table does not take"),
+    ("sa_table_*", errno.ERANGE): _Meaning(ValueError, "a slot was never used"),
+    ("sa_table_*", errno.EEXIST): _Meaning(ValueError, "a slot is taken"),
+}
+
+
+def _error(call: str, number: int, about: str) -> ShareareaError | ValueError:
+    family = "sa_table_*" if call.startswith("sa_table_") else call
+    meaning = _MEANINGS.get((call, number)) or _MEANINGS.get((family, number))
+    if meaning is None:
+        meaning = _Meaning(NativeError, os.strerror(number))
+    text = f"{about}: {meaning.text}" if about else meaning.text
+    if issubclass(meaning.error, NativeError):
+        return NativeError(call, number, text, meaning.hint)
+    if issubclass(meaning.error, ShareareaError):
+        return meaning.error(text, meaning.hint)
+    return meaning.error(f"{call}: {text}")
+
+
+def _call(call: str, *args: object, about: str = "") -> int:
+    """Call a function of the core and turn -errno into an exception; `about` begins its text."""
+    try:
+        result = int(getattr(lib, call)(*args))
+    except OverflowError as error:  # cffi, of a number that its C type cannot hold
+        raise ValueError(f"{call}: {error}") from None
+    if result < 0:
+        raise _error(call, -result, about)
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------- columns
+
+
+def _column(data: BytesLike, size: int, what: str) -> tuple[Any, int]:
+    """Pointer to a column of elements of `size` bytes, and how many there are. The pointer keeps the buffer alive."""
+    column = ffi.from_buffer("uint8_t[]", data)
+    count, rest = divmod(len(column), size)
+    if rest:
+        raise ValueError(f"{what}: {len(column)} bytes are no multiple of {size}")
+    return column, count
+
+
+def _words(data: BytesLike, words: int, what: str) -> tuple[Any, int]:
+    """Like _column, for elements of `words` 32-bit numbers. Odd addresses are copied: C takes them to be aligned."""
+    column, count = _column(data, 4 * words, what)
+    if int(ffi.cast("uintptr_t", column)) % 4:
+        data = bytes(data)
+    return ffi.from_buffer("uint32_t[]", data), count
+
+
+def _triples(data: BytesLike) -> tuple[Any, int]:
+    """Like _words, for runs (page, slot, count) as C's struct sa_run."""
+    words, count = _words(data, 3, "runs")
+    if not count:
+        return ffi.NULL, 0
+    return ffi.from_buffer("struct sa_run[]", ffi.buffer(words)), count
+
+
+def _fixed(data: BytesLike, size: int, what: str) -> Any:
+    """Pointer to exactly `size` bytes."""
+    column = ffi.from_buffer("uint8_t[]", data)
+    if len(column) != size:
+        raise ValueError(f"{what}: {size} bytes are needed, not {len(column)}")
+    return column
+
+
+def _key(key: BytesLike) -> Any:
+    return _fixed(key, FP_SIZE, "key")
+
+
+def _taken(column: Any, size: int) -> bytes:
+    """The first `size` bytes of an out column."""
+    return bytes(ffi.buffer(column, size)) if size else b""
+
+
+def _same(what: str, count: int, other: str, other_count: int) -> None:
+    if count != other_count:
+        raise ValueError(f"{count} {what} and {other_count} {other}")
+
+
+# ------------------------------------------------------------------------------------------------------------ hash
+
+
+class HashKernel(NamedTuple):
+    """A hash kernel by name, and whether it runs here (KERNEL_*)."""
+
+    name: str
+    state: int
+
+
+def hash_kernels() -> list[HashKernel]:
+    """List every kernel, built or not; the first defines the result of the others."""
+    return [
+        HashKernel(ffi.string(lib.sa_hash_kernel_name(i)).decode("ascii"), _call("sa_hash_kernel_state", i))
+        for i in range(_call("sa_hash_kernel_count"))
+    ]
+
+
+def select_hash_kernel(name: str) -> None:
+    """Choose the kernel for all later calls of this process; "auto" is the fastest that runs here.
+
+    Raises HostError if it is unknown, not for this CPU or not in this build; the choice then stays what it was. Call it
+    before other threads hash.
+    """
+    _call("sa_hash_select", name.encode(), about=f"hash kernel {name!r}")
+
+
+def selected_hash_kernel() -> str:
+    """Return the name of the kernel in use, never "auto"."""
+    return str(ffi.string(lib.sa_hash_selected()).decode("ascii"))
+
+
+def fingerprint_pages(key: BytesLike, pages: BytesLike) -> tuple[bytes, bytes]:
+    """Fingerprint whole pages under a key of 32 bytes.
+
+    Returns the fingerprint column and one byte per page, 1 where the page is all zero.
+    """
+    data, npages = _column(pages, PAGE_SIZE, "pages")
+    fps = ffi.new("uint8_t[]", npages * FP_SIZE)
+    zero = ffi.new("uint8_t[]", npages)
+    _call("sa_fingerprint_pages", _key(key), data, npages, fps, zero)
+    return _taken(fps, npages * FP_SIZE), _taken(zero, npages)
+
+
+def file_root(size: int, fps: BytesLike) -> bytes:
+    """Name the content of a file of `size` bytes by its pages' fingerprints: 32 bytes."""
+    column, npages = _column(fps, FP_SIZE, "fingerprints")
+    root = ffi.new("uint8_t[]", FP_SIZE)
+    _call("sa_file_root", size, column, npages, root)
+    return _taken(root, FP_SIZE)
+
+
+# ------------------------------------------------------------------------------------------------------ page cache
+
+
+def cachestat(fd: int, first: int = 0, npages: int = 0) -> tuple[int, int]:
+    """Count the pages of a file's range that are cached, and those of them that are dirty or under writeback.
+
+    npages 0 means to the end. Raises NativeError with errno ENOSYS on kernels before 6.5.
+    """
+    cached, dirty = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+    _call("sa_cachestat", fd, first, npages, cached, dirty)
+    return int(cached[0]), int(dirty[0])
+
+
+_FIRST_RUNS: Final = 1024
+
+
+def resident_runs(fd: int, npages: int, how: int = RESIDENCY_AUTO) -> bytes:
+    """Find the resident pages among the first npages of a file.
+
+    Returns ascending, disjoint, maximal runs as packed pairs (first, count). how: RESIDENCY_*.
+    """
+    nruns, covered = ffi.new("size_t *"), ffi.new("uint64_t *")
+    # Runs are maximal, so there is an absent page between any two: no file has more than this.
+    most = npages // 2 + 1
+    room = min(_FIRST_RUNS, most)
+    while True:
+        runs = ffi.new("uint32_t[]", 2 * room)
+        _call("sa_resident_runs", fd, npages, how, runs, room, nruns, covered)
+        if covered[0] >= npages or room >= most:
+            return _taken(runs, 8 * int(nruns[0]))
+        # Most files need one call. One that does not is looked at again from its start, so the room grows steeply.
+        room = min(8 * room, most)
+
+
+def fingerprint_file(fd: int, key: BytesLike, size: int, first: int, npages: int) -> tuple[bytes, bytes]:
+    """Fingerprint the resident pages of a range of a file, without I/O.
+
+    size is the file's size as the caller knows it. Returns the fingerprint column (zeroed where absent) and one byte
+    PAGE_* per page.
+    """
+    fps = ffi.new("uint8_t[]", npages * FP_SIZE)
+    states = ffi.new("uint8_t[]", npages)
+    _call("sa_fingerprint_file", fd, _key(key), size, first, npages, fps, states)
+    return _taken(fps, npages * FP_SIZE), _taken(states, npages)
+
+
+def read_pages(fd: int, key: BytesLike, size: int, first: int, npages: int) -> tuple[bytearray, bytes, bytes]:
+    """Read the resident pages of a range of a file, without I/O, with their fingerprints.
+
+    Returns the bytes (4096 per page, zero-padded), the fingerprint column of exactly these bytes, and one byte PAGE_*
+    per page.
+    """
+    pages = bytearray(npages * PAGE_SIZE)
+    fps = ffi.new("uint8_t[]", npages * FP_SIZE)
+    states = ffi.new("uint8_t[]", npages)
+    with ffi.from_buffer("uint8_t[]", pages, require_writable=True) as out:
+        _call("sa_read_pages", fd, _key(key), size, first, npages, out, fps, states)
+    return pages, _taken(fps, npages * FP_SIZE), _taken(states, npages)
+
+
+def compare_pages(fd: int, first: int, pages: BytesLike) -> int:
+    """Compare whole pages with a file's from page `first` on; return how many leading ones are equal. May read disk."""
+    data, npages = _column(pages, PAGE_SIZE, "pages")
+    equal = ffi.new("uint64_t *")
+    _call("sa_compare_pages", fd, first, npages, data, equal)
+    return int(equal[0])
+
+
+def drop_pages(fd: int, first: int = 0, npages: int = 0) -> tuple[int, int]:
+    """Drop clean, unmapped pages of a range from the page cache; return how many were resident before and after.
+
+    npages 0 means to the end. Without cachestat the pages are dropped all the same, and NativeError with errno ENOSYS
+    says that nobody counted.
+    """
+    before, after = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+    _call("sa_drop_pages", fd, first, npages, before, after)
+    return int(before[0]), int(after[0])
+
+
+# -------------------------------------------------------------------------------------------- segments and mappings
+
+
+class _Owned:
+    """A native object with a destructor: closed once, unusable afterwards, one call at a time."""
+
+    __slots__ = ("_lock", "_pointer")
+
+    def __init__(self, pointer: Any, destroy: Any) -> None:
+        self._lock = threading.RLock()
+        self._pointer = ffi.gc(pointer, destroy)
+
+    def _do(self, call: str, *args: object) -> int:
+        with self._lock:
+            if self._pointer is None:
+                raise Closed(f"{type(self).__name__} is closed")
+            return _call(call, self._pointer, *args)
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._pointer is None
+
+    def close(self) -> None:
+        """Give the memory back; every later call but this one raises Closed."""
+        with self._lock:
+            pointer, self._pointer = self._pointer, None
+            if pointer is not None:
+                ffi.release(pointer)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Segment(_Owned):
+    """A segment of a sharing area on the local backend: a sealed memfd, a header and `nslots` slots."""
+
+    __slots__ = ()
+
+    @classmethod
+    def create(cls, name: str, nslots: int) -> Self:
+        """Make a segment that this process alone can write. Raises AreaFull if the host has nothing left for it."""
+        ret = ffi.new("sa_segment **")
+        _call("sa_segment_create", name.encode(), nslots, ret)
+        return cls(ret[0], lib.sa_segment_destroy)
+
+    @classmethod
+    def adopt(cls, fd: int, nslots: int) -> Self:
+        """Open a segment that somebody else made, read only, through a duplicate of fd."""
+        ret = ffi.new("sa_segment **")
+        _call("sa_segment_adopt", fd, nslots, ret)
+        return cls(ret[0], lib.sa_segment_destroy)
+
+    def fileno(self) -> int:
+        """Return the descriptor, which stays the segment's."""
+        return self._do("sa_segment_fd")
+
+    @property
+    def nslots(self) -> int:
+        """How many slots it has."""
+        return self._do("sa_segment_nslots")
+
+    @property
+    def writable(self) -> bool:
+        """Whether this process made it."""
+        return bool(self._do("sa_segment_writable"))
+
+    def identity(self) -> tuple[int, int]:
+        """Return the memfd's device and inode, which name it for as long as the host runs."""
+        dev, ino = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        self._do("sa_segment_identity", dev, ino)
+        return int(dev[0]), int(ino[0])
+
+    def allocated_bytes(self) -> int:
+        """Return the memory that the kernel holds for it."""
+        allocated = ffi.new("uint64_t *")
+        self._do("sa_segment_allocated", allocated)
+        return int(allocated[0])
+
+    def fill(self, key: BytesLike, first: int, pages: BytesLike, want: BytesLike) -> bytes:
+        """Copy pages into slots from `first` on and check the copies against their wanted fingerprints.
+
+        Returns one byte per page, 1 where the copy has the fingerprint.
+        """
+        data, npages = _column(pages, PAGE_SIZE, "pages")
+        fps, nfps = _column(want, FP_SIZE, "fingerprints")
+        _same("pages", npages, "fingerprints", nfps)
+        ok = ffi.new("uint8_t[]", npages)
+        self._do("sa_segment_fill", _key(key), first, npages, data, fps, ok)
+        return _taken(ok, npages)
+
+    def verify(self, key: BytesLike, first: int, want: BytesLike) -> bytes:
+        """Check what is in the slots from `first` on; one byte per fingerprint, 1 where equal."""
+        fps, npages = _column(want, FP_SIZE, "fingerprints")
+        ok = ffi.new("uint8_t[]", npages)
+        self._do("sa_segment_verify", _key(key), first, npages, fps, ok)
+        return _taken(ok, npages)
+
+    def read(self, first: int, npages: int) -> bytearray:
+        """Copy npages pages out of the slots from `first` on."""
+        pages = bytearray(npages * PAGE_SIZE)
+        with ffi.from_buffer("uint8_t[]", pages, require_writable=True) as out:
+            self._do("sa_segment_read", first, npages, out)
+        return pages
+
+
+def _inside(buffer: mmap.mmap, npages: int) -> None:
+    if npages * PAGE_SIZE >= len(buffer) + PAGE_SIZE:
+        raise ValueError(f"{npages} pages are more than the mapping has")
+
+
+def map_runs(buffer: mmap.mmap, npages: int, fd: int, runs: BytesLike) -> int:
+    """Put slots of a segment (descriptor fd) under a mapping of a file: its first npages pages are the caller's.
+
+    runs: packed triples (page, slot, count), slots relative to the segment. Returns how many runs were mapped, which is
+    all of them; a run outside the mapping is a NativeError with errno ERANGE before anything was mapped.
+    """
+    _inside(buffer, npages)
+    triples, nruns = _triples(runs)
+    mapped = ffi.new("size_t *")
+    with ffi.from_buffer("uint8_t[]", buffer) as base:
+        _call("sa_map_runs", ffi.cast("void *", base), npages, fd, triples, nruns, mapped)
+    return int(mapped[0])
+
+
+def map_file(buffer: mmap.mmap, fd: int, first: int, npages: int, random: bool = False) -> None:
+    """Put pages of a file back at their own place of a mapping, read only and shared; random turns read-ahead off."""
+    _inside(buffer, first + npages)
+    with ffi.from_buffer("uint8_t[]", buffer) as base:
+        _call("sa_map_file", ffi.cast("void *", base), fd, first, npages, int(random))
+
+
+def compare_runs(buffer: mmap.mmap, npages: int, fd: int, runs: BytesLike) -> int:
+    """Compare a mapping's runs with the file under them; return how many leading runs are wholly equal."""
+    _inside(buffer, npages)
+    triples, nruns = _triples(runs)
+    equal = ffi.new("size_t *")
+    with ffi.from_buffer("uint8_t[]", buffer) as base:
+        _call("sa_compare_runs", ffi.cast("void *", base), npages, fd, triples, nruns, equal)
+    return int(equal[0])
+
+
+# ---------------------------------------------------------------------------------------------------------- leases
+
+
+def lease_watch_open() -> int:
+    """Open a descriptor that becomes readable when a read lease of this process is being broken.
+
+    The caller closes it. Blocks the lease signals in the calling thread: call it before any other thread exists.
+    """
+    fd = ffi.new("int *")
+    _call("sa_lease_watch_open", fd)
+    return int(fd[0])
+
+
+def lease_take(fd: int) -> None:
+    """Take a read lease on a file that is open read only.
+
+    Raises NativeError with errno EAGAIN if somebody has it open for writing, EACCES without the right to.
+    """
+    _call("sa_lease_take", fd)
+
+
+def lease_release(fd: int) -> None:
+    """Give a lease back; one that is gone is no error."""
+    _call("sa_lease_release", fd)
+
+
+def lease_held(fd: int) -> bool:
+    """Tell whether a lease is whole: not being broken and not gone."""
+    held = ffi.new("int *")
+    _call("sa_lease_held", fd, held)
+    return bool(held[0])
+
+
+_LEASE_BATCH: Final = 256
+
+
+def lease_watch_read(fd: int) -> tuple[list[int], bool]:
+    """Read all broken leases that were reported, without waiting.
+
+    Returns their descriptors, and whether reports were lost: then ask lease_held for every lease.
+    """
+    fds, n, overflow = ffi.new("int[]", _LEASE_BATCH), ffi.new("size_t *"), ffi.new("int *")
+    broken: list[int] = []
+    lost = False
+    while True:
+        _call("sa_lease_watch_read", fd, fds, _LEASE_BATCH, n, overflow)
+        broken += ffi.unpack(fds, int(n[0])) if n[0] else ()
+        lost = lost or bool(overflow[0])
+        if n[0] < _LEASE_BATCH:
+            return broken, lost
+
+
+# ------------------------------------------------------------------------------------------------------ page table
+
+
+class TableTotals(NamedTuple):
+    """Counts over a page table, in the order and by the names of sharearea.pagetable.Totals."""
+
+    pages: int
+    slots_used: int
+    slots_mapped: int
+    mappings: int
+    pending: int
+    memory_bytes: int
+    by_holders: tuple[int, int, int, int, int, int, int, int]
+
+
+class NativePageTable(_Owned):
+    """The fingerprint table of one pool, in C. sharearea.pagetable.PageTable says what each method means.
+
+    Ids, slots, positions and runs go in and out as packed columns. A bad argument raises ValueError, a table that is
+    full TableFull; nothing has changed then.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, seed: bytes, zero_fp: bytes, max_holders: int, max_pages: int) -> None:
+        ret = ffi.new("sa_table **")
+        _call(
+            "sa_table_create",
+            _fixed(seed, SEED_SIZE, "seed"),
+            _fixed(zero_fp, FP_SIZE, "zero_fp"),
+            max_holders,
+            max_pages,
+            ret,
+        )
+        super().__init__(ret[0], lib.sa_table_destroy)
+
+    def intern(self, fps: BytesLike) -> bytes:
+        """Find or add fingerprints, one reference for each occurrence, and return their ids."""
+        column, n = _column(fps, FP_SIZE, "fingerprints")
+        ids = ffi.new("uint32_t[]", n)
+        self._do("sa_table_intern", column, n, ids)
+        return _taken(ids, 4 * n)
+
+    def unref(self, ids: BytesLike) -> bytes:
+        """Give back one reference for each occurrence, and return the slots that this freed."""
+        column, n = _words(ids, 1, "ids")
+        freed, nfreed = ffi.new("uint32_t[]", n), ffi.new("size_t *")
+        self._do("sa_table_unref", column, n, freed, nfreed)
+        return _taken(freed, 4 * int(nfreed[0]))
+
+    def mark(self, ids: BytesLike, holder: int) -> None:
+        """Make `holder` a holder of pages."""
+        self._do("sa_table_mark", *_words(ids, 1, "ids"), holder)
+
+    def unmark(self, ids: BytesLike, holder: int) -> None:
+        """Make `holder` no longer a holder of pages."""
+        self._do("sa_table_unmark", *_words(ids, 1, "ids"), holder)
+
+    def forget(self, holder: int) -> None:
+        """Make `holder` no longer a holder of any page."""
+        self._do("sa_table_forget", holder)
+
+    def want(self, ids: BytesLike, k: int) -> bytes:
+        """Make pages pending that lack a slot and have at least `k` holders, and return their positions in `ids`."""
+        column, n = _words(ids, 1, "ids")
+        positions, npositions = ffi.new("uint32_t[]", n), ffi.new("size_t *")
+        self._do("sa_table_want", column, n, k, positions, npositions)
+        return _taken(positions, 4 * int(npositions[0]))
+
+    def unwant(self, ids: BytesLike) -> None:
+        """Make pages no longer pending."""
+        self._do("sa_table_unwant", *_words(ids, 1, "ids"))
+
+    def publish(self, ids: BytesLike, slots: BytesLike) -> bytes:
+        """Put page ids[i] into slots[i], and return the slots that this freed."""
+        column, n = _words(ids, 1, "ids")
+        targets, ntargets = _words(slots, 1, "slots")
+        _same("pages", n, "slots", ntargets)
+        freed, nfreed = ffi.new("uint32_t[]", n), ffi.new("size_t *")
+        self._do("sa_table_publish", column, targets, n, freed, nfreed)
+        return _taken(freed, 4 * int(nfreed[0]))
+
+    def fps(self, ids: BytesLike) -> bytes:
+        """Return the fingerprints of pages."""
+        column, n = _words(ids, 1, "ids")
+        fps = ffi.new("uint8_t[]", n * FP_SIZE)
+        self._do("sa_table_fps", column, n, fps)
+        return _taken(fps, n * FP_SIZE)
+
+    def slots(self, ids: BytesLike) -> bytes:
+        """Return the slots of pages, NO_SLOT for those that have none."""
+        column, n = _words(ids, 1, "ids")
+        slots = ffi.new("uint32_t[]", n)
+        self._do("sa_table_slots", column, n, slots)
+        return _taken(slots, 4 * n)
+
+    def count(self, ids: BytesLike) -> tuple[int, int, int]:
+        """Count occurrences: of the zero page, of pages in a slot, of non-zero pages that occurred before in `ids`."""
+        zero, in_slot, repeated = (ffi.new("uint64_t *") for _ in range(3))
+        self._do("sa_table_count", *_words(ids, 1, "ids"), zero, in_slot, repeated)
+        return int(zero[0]), int(in_slot[0]), int(repeated[0])
+
+    def runs(self, ids: BytesLike, pages: BytesLike | None, slots_per_segment: int) -> bytes:
+        """Return runs (page, slot, count) over those of the pages that are in a slot; pages None: page i is ids[i]."""
+        column, n = _words(ids, 1, "ids")
+        numbers = ffi.NULL
+        if pages is not None:
+            numbers, nnumbers = _words(pages, 1, "page numbers")
+            _same("pages", n, "page numbers", nnumbers)
+        runs, nruns = ffi.new("uint32_t[]", 3 * n), ffi.new("size_t *")
+        self._do("sa_table_runs", column, numbers, n, slots_per_segment, runs, nruns)
+        return _taken(runs, 12 * int(nruns[0]))
+
+    def map(self, runs: BytesLike) -> None:
+        """Count one more mapping of every slot in the runs."""
+        self._do("sa_table_map", *_words(runs, 3, "runs"))
+
+    def unmap(self, runs: BytesLike) -> bytes:
+        """Count one mapping less of every slot in the runs, and return the slots that this freed."""
+        column, nruns = _words(runs, 3, "runs")
+        nfreed = ffi.new("size_t *")
+        with self._lock:
+            # A call that succeeds takes away no more mappings than there are, whatever the counts say.
+            room = self._room(sum(ffi.unpack(column, 3 * nruns)[2::3]) if nruns else 0, "mappings")
+            freed = ffi.new("uint32_t[]", room)
+            self._do("sa_table_unmap", column, nruns, freed, nfreed)
+        return _taken(freed, 4 * int(nfreed[0]))
+
+    def live(self, first: int, n: int) -> tuple[bytes, bytes, int]:
+        """Return the used ones of slots [first, first + n), their pages' ids, and the mappings of the whole range."""
+        found, mapped = ffi.new("size_t *"), ffi.new("uint64_t *")
+        with self._lock:
+            room = self._room(n, "slots_used")
+            slots, ids = ffi.new("uint32_t[]", room), ffi.new("uint32_t[]", room)
+            self._do("sa_table_live", first, n, slots, ids, found, mapped)
+        return _taken(slots, 4 * int(found[0])), _taken(ids, 4 * int(found[0])), int(mapped[0])
+
+    def totals(self) -> TableTotals:
+        """Return counts over the whole table."""
+        totals = ffi.new("struct sa_table_totals *")
+        self._do("sa_table_totals", totals)
+        return TableTotals(
+            pages=int(totals.pages),
+            slots_used=int(totals.slots_used),
+            slots_mapped=int(totals.slots_mapped),
+            mappings=int(totals.mappings),
+            pending=int(totals.pending),
+            memory_bytes=int(totals.memory_bytes),
+            by_holders=tuple(ffi.unpack(totals.by_holders, 8)),
+        )
+
+    def _room(self, asked: int, total: str) -> int:
+        """Entries to provide for an answer: what was asked for, or, where that is much, what there can be."""
+        return asked if asked <= _MUCH else min(asked, int(getattr(self.totals(), total)))
+
+
+_MUCH: Final = 1 << 16

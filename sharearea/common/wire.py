@@ -1,0 +1,481 @@
+"""Frames and messages between programs: what may be said, in which direction, how large.
+
+A frame is a u32 (little-endian) length and that many bytes of msgpack: an array of the message's type and its fields,
+in the order of the class below. Everything a peer sends is checked here against a bound that we own, before anybody
+else sees it; whatever does not fit raises ProtocolError. Columns are packed little-endian arrays inside one `bin`, so
+that a report of thousands of pages is a handful of objects. docs/protocol.md is generated from these classes and says
+the rest.
+
+Pure: bytes in, messages out. Sockets, rings and descriptors belong to the transports.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar, cast
+
+import msgpack
+
+from .errors import ProtocolError
+
+PROTOCOL_VERSION = 1
+
+PAGE_SIZE = 4096
+FINGERPRINT_SIZE = 32
+MAX_FETCH_PAGES = 255  # one LMDB record of 255 fingerprints fills two database pages (store.py)
+MAX_FRAME = 1 << 20  # 255 pages and their envelope fit
+MAX_REPORT_FILES = 256
+MAX_REPORT_PAGES = 4096
+MAX_PATH = 4096
+MAX_FILE_PAGES = 262_144  # 1 GiB: bounds the work that one file root can ask of the broker's loop
+MAX_IDS = 4096
+MAX_ATTACH = 64  # each costs the broker a pass over the file's pages
+MAX_HELD = 65_536
+MAX_GRANT_RUNS = 65_536
+MAX_GLOBS = 256
+
+NO_ROOT = bytes(FINGERPRINT_SIZE)
+
+_HEADER = 4
+
+
+# ---------------------------------------------------------------------------------------------- kinds of fields
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What one field may hold: `check` returns the value or raises ProtocolError; `text` says it in docs."""
+
+    text: str
+    check: Callable[[str, object], object]
+
+
+def _fail(name: str, what: str) -> ProtocolError:
+    return ProtocolError(f"field {name}: {what}")
+
+
+def uint(maximum: int) -> Any:
+    """Field: an unsigned integer up to `maximum`."""
+
+    def check(name: str, value: object) -> object:
+        if type(value) is not int or not 0 <= value <= maximum:
+            raise _fail(name, f"not an unsigned integer up to {maximum}")
+        return value
+
+    return dataclasses.field(metadata={"kind": Kind(f"uint <= {maximum}", check)})
+
+
+def text(maximum: int) -> Any:
+    """Field: a text of at most `maximum` characters."""
+
+    def check(name: str, value: object) -> object:
+        if type(value) is not str or len(value) > maximum:
+            raise _fail(name, f"not a text of at most {maximum} characters")
+        return value
+
+    return dataclasses.field(metadata={"kind": Kind(f"text, at most {maximum} characters", check)})
+
+
+def texts(count: int, maximum: int) -> Any:
+    """Field: a list of at most `count` texts of at most `maximum` characters."""
+
+    def check(name: str, value: object) -> object:
+        if type(value) is not list or len(value) > count:
+            raise _fail(name, f"not a list of at most {count} texts")
+        for item in value:
+            if type(item) is not str or len(item) > maximum:
+                raise _fail(name, f"holds something else than a text of at most {maximum} characters")
+        return tuple(value)
+
+    return dataclasses.field(metadata={"kind": Kind(f"up to {count} texts of at most {maximum} characters", check)})
+
+
+def exact(size: int) -> Any:
+    """Field: exactly `size` bytes."""
+
+    def check(name: str, value: object) -> object:
+        if type(value) is not bytes or len(value) != size:
+            raise _fail(name, f"not {size} bytes")
+        return value
+
+    return dataclasses.field(metadata={"kind": Kind(f"bin, exactly {size} bytes", check)})
+
+
+def column(width: int, count: int) -> Any:
+    """Field: a packed column of at most `count` entries of `width` bytes."""
+
+    def check(name: str, value: object) -> object:
+        if type(value) is not bytes or len(value) % width or len(value) > width * count:
+            raise _fail(name, f"not a column of at most {count} entries of {width} bytes")
+        return value
+
+    return dataclasses.field(metadata={"kind": Kind(f"column of up to {count} x {width} bytes", check)})
+
+
+def blobs(count: int, maximum: int) -> Any:
+    """Field: a list of at most `count` byte strings of 1 to `maximum` bytes."""
+
+    def check(name: str, value: object) -> object:
+        if type(value) is not list or len(value) > count:
+            raise _fail(name, f"not a list of at most {count} byte strings")
+        for item in value:
+            if type(item) is not bytes or not 0 < len(item) <= maximum:
+                raise _fail(name, f"holds something else than 1 to {maximum} bytes")
+        return tuple(value)
+
+    return dataclasses.field(metadata={"kind": Kind(f"up to {count} bins of 1 to {maximum} bytes", check)})
+
+
+class Message:
+    """Base of all messages. `TYPE` is its number on the wire; `FD` whether a descriptor travels with it."""
+
+    TYPE: ClassVar[int] = 0
+    FD: ClassVar[bool] = False
+    __slots__ = ()
+
+    def check(self) -> None:
+        """Raise ProtocolError where fields do not fit one another. The fields by themselves have been checked."""
+
+
+M = TypeVar("M", bound=Message)
+
+
+def _same_length(name: str, **columns: tuple[int, int]) -> None:
+    lengths = {length // width for length, width in columns.values()}
+    if len(lengths) > 1:
+        raise ProtocolError(f"{name}: columns of different length: {', '.join(columns)}")
+
+
+# ------------------------------------------------------------------------------------------------ agent -> broker
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(Message):
+    """First message of an agent: who it says it is, and which of its files it holds grants for from before."""
+
+    TYPE: ClassVar[int] = 1
+    protocol: int = uint(0xFFFF)
+    agent_version: str = text(32)
+    name: str = text(64)
+    instance: bytes = exact(16)
+    held: bytes = column(4, MAX_HELD)
+
+
+@dataclass(frozen=True, slots=True)
+class Roots(Message):
+    """Files, by their roots. A file that is not wholly resident has NO_ROOT and says how many pages it will report."""
+
+    TYPE: ClassVar[int] = 2
+    ids: bytes = column(4, MAX_REPORT_FILES)
+    sizes: bytes = column(8, MAX_REPORT_FILES)
+    counts: bytes = column(4, MAX_REPORT_FILES)
+    roots: bytes = column(FINGERPRINT_SIZE, MAX_REPORT_FILES)
+    paths: tuple[bytes, ...] = blobs(MAX_REPORT_FILES, MAX_PATH)
+
+    def check(self) -> None:
+        _same_length(
+            "Roots",
+            ids=(len(self.ids), 4),
+            sizes=(len(self.sizes), 8),
+            counts=(len(self.counts), 4),
+            roots=(len(self.roots), FINGERPRINT_SIZE),
+            paths=(len(self.paths), 1),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pages(Message):
+    """Page fingerprints of wanted files: parts (file id, first page, count) and the fingerprints of all of them."""
+
+    TYPE: ClassVar[int] = 3
+    parts: bytes = column(12, MAX_REPORT_PAGES)
+    fingerprints: bytes = column(FINGERPRINT_SIZE, MAX_REPORT_PAGES)
+
+
+@dataclass(frozen=True, slots=True)
+class Gone(Message):
+    """Files that changed, vanished or are not resident any more: what was reported of them is void."""
+
+    TYPE: ClassVar[int] = 4
+    ids: bytes = column(4, MAX_IDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Data(Message):
+    """Answer to Fetch: `have` says for each page asked for whether its bytes follow (1) or not (0)."""
+
+    TYPE: ClassVar[int] = 5
+    request: int = uint(0xFFFFFFFF)
+    have: bytes = column(1, MAX_FETCH_PAGES)
+    pages: bytes = column(PAGE_SIZE, MAX_FETCH_PAGES)
+
+    def check(self) -> None:
+        if self.have.count(1) + self.have.count(0) != len(self.have) or self.have.count(1) * PAGE_SIZE != len(
+            self.pages
+        ):
+            raise ProtocolError("Data: the pages are not those that `have` announces")
+
+
+@dataclass(frozen=True, slots=True)
+class Attach(Message):
+    """Files for which the agent asks grants; a read lease is held on each."""
+
+    TYPE: ClassVar[int] = 6
+    ids: bytes = column(4, MAX_ATTACH)
+
+
+@dataclass(frozen=True, slots=True)
+class Release(Message):
+    """Files whose grants nobody in this domain uses any more."""
+
+    TYPE: ClassVar[int] = 7
+    ids: bytes = column(4, MAX_IDS)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentStats(Message):
+    """What the guest's kernel says, from time to time. Shown, summed, never used to decide."""
+
+    TYPE: ClassVar[int] = 8
+    files: int = uint(2**53)
+    resident_pages: int = uint(2**53)
+    zero_pages: int = uint(2**53)
+    attached_files: int = uint(2**53)
+    attached_pages: int = uint(2**53)
+    dropped_pages_total: int = uint(2**53)
+    private_bytes: int = uint(2**53)
+
+
+@dataclass(frozen=True, slots=True)
+class Pong(Message):
+    """Answer to Ping."""
+
+    TYPE: ClassVar[int] = 9
+    number: int = uint(0xFFFFFFFF)
+
+
+# ------------------------------------------------------------------------------------------------ broker -> agent
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome(Message):
+    """The domain is in a pool: its key, its area, and what policy would accept (the broker checks all the same)."""
+
+    TYPE: ClassVar[int] = 65
+    protocol: int = uint(0xFFFF)
+    domain: str = text(64)
+    pool: str = text(64)
+    area: bytes = exact(16)
+    epoch: bytes = exact(16)
+    key: bytes = exact(FINGERPRINT_SIZE)
+    slots_per_segment: int = uint(0xFFFFFFFF)
+    min_file_bytes: int = uint(2**63)
+    max_file_bytes: int = uint(2**63)
+    max_files: int = uint(2**53)
+    include: tuple[str, ...] = texts(MAX_GLOBS, MAX_PATH)
+    exclude: tuple[str, ...] = texts(MAX_GLOBS, MAX_PATH)
+
+
+@dataclass(frozen=True, slots=True)
+class Refused(Message):
+    """The domain may not share, or has to go. `reason`: a stable code; `text` names the rule; `retry_ms` 0: do not."""
+
+    TYPE: ClassVar[int] = 66
+    reason: str = text(64)
+    text: str = text(1024)
+    retry_ms: int = uint(86_400_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdicts(Message):
+    """Per reported file: known, wanted, or why it is ignored (model.Verdict)."""
+
+    TYPE: ClassVar[int] = 67
+    ids: bytes = column(4, MAX_REPORT_FILES)
+    verdicts: bytes = column(1, MAX_REPORT_FILES)
+
+    def check(self) -> None:
+        _same_length("Verdicts", ids=(len(self.ids), 4), verdicts=(len(self.verdicts), 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch(Message):
+    """Send the bytes of these pages of a file: runs (first page, count), MAX_FETCH_PAGES in all."""
+
+    TYPE: ClassVar[int] = 68
+    request: int = uint(0xFFFFFFFF)
+    file: int = uint(0xFFFFFFFF)
+    runs: bytes = column(8, MAX_FETCH_PAGES)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer(Message):
+    """Files that have pages in the area, and how many."""
+
+    TYPE: ClassVar[int] = 69
+    ids: bytes = column(4, MAX_IDS)
+    available: bytes = column(4, MAX_IDS)
+
+    def check(self) -> None:
+        _same_length("Offer", ids=(len(self.ids), 4), available=(len(self.available), 4))
+
+
+@dataclass(frozen=True, slots=True)
+class Segment(Message):
+    """A segment of the pool's area; its descriptor travels with this message (`local` backend)."""
+
+    TYPE: ClassVar[int] = 70
+    FD: ClassVar[bool] = True
+    segment: int = uint(0xFFFFFFFF)
+
+
+@dataclass(frozen=True, slots=True)
+class Granted(Message):
+    """Handles for one file: runs (page, slot, count). The owner is recorded already."""
+
+    TYPE: ClassVar[int] = 71
+    file: int = uint(0xFFFFFFFF)
+    runs: bytes = column(12, MAX_GRANT_RUNS)
+
+
+@dataclass(frozen=True, slots=True)
+class Denied(Message):
+    """No grants for these files now, and why (model.Verdict)."""
+
+    TYPE: ClassVar[int] = 72
+    ids: bytes = column(4, MAX_ATTACH)
+    reasons: bytes = column(1, MAX_ATTACH)
+
+    def check(self) -> None:
+        _same_length("Denied", ids=(len(self.ids), 4), reasons=(len(self.reasons), 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw(Message):
+    """Bring the consumers of these files back to their plain files and release the grants."""
+
+    TYPE: ClassVar[int] = 73
+    ids: bytes = column(4, MAX_IDS)
+    reason: int = uint(255)
+
+
+@dataclass(frozen=True, slots=True)
+class Retired(Message):
+    """Segments that the area has closed: close your descriptors of them."""
+
+    TYPE: ClassVar[int] = 74
+    segments: bytes = column(4, MAX_IDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Ping(Message):
+    """Are you there?"""
+
+    TYPE: ClassVar[int] = 75
+    number: int = uint(0xFFFFFFFF)
+
+
+# ---------------------------------------------------------------------------------------------------------- codec
+
+
+class Codec:
+    """Encode and decode the messages that may travel in one direction of one link."""
+
+    def __init__(self, name: str, messages: tuple[type[Message], ...], max_frame: int = MAX_FRAME) -> None:
+        self.name = name
+        self.max_frame = max_frame
+        self.messages = messages
+        self._by_type = {message.TYPE: (message, _kinds(message)) for message in messages}
+
+    def encode(self, message: Message) -> bytes:
+        """Return the whole frame of a message of ours. A message out of bounds is our own fault: ValueError."""
+        entry = self._by_type.get(message.TYPE)
+        if entry is None or entry[0] is not type(message):
+            raise ValueError(f"{type(message).__name__} does not travel on {self.name}")
+        values: list[object] = [message.TYPE]
+        for name, _ in entry[1]:
+            value = getattr(message, name)
+            values.append(list(value) if type(value) is tuple else value)
+        payload = cast(bytes, msgpack.packb(values, use_bin_type=True))
+        if len(payload) > self.max_frame:
+            raise ValueError(f"{type(message).__name__} of {len(payload)} bytes is over the frame limit")
+        return len(payload).to_bytes(_HEADER, "little") + payload
+
+    def decode(self, payload: bytes | memoryview) -> Message:
+        """Return the message in one frame's payload, all bounds checked. Raises ProtocolError."""
+        if len(payload) > self.max_frame:
+            raise ProtocolError(f"a frame of {len(payload)} bytes is over the limit of {self.max_frame}")
+        try:
+            values = msgpack.unpackb(
+                payload,
+                raw=False,
+                strict_map_key=True,
+                use_list=True,
+                max_str_len=MAX_PATH,
+                max_bin_len=self.max_frame,
+                max_array_len=MAX_IDS,
+                max_map_len=0,
+                max_ext_len=0,
+            )
+        except Exception as error:  # msgpack raises ValueError, its own classes, and UnicodeDecodeError
+            raise ProtocolError(f"not msgpack within bounds: {type(error).__name__}") from None
+        if type(values) is not list or not values or type(values[0]) is not int:
+            raise ProtocolError("a message is an array that begins with its type")
+        entry = self._by_type.get(values[0])
+        if entry is None:
+            raise ProtocolError(f"message type {values[0]} does not travel on {self.name}")
+        message, kinds = entry
+        if len(values) - 1 != len(kinds):
+            raise ProtocolError(f"{message.__name__} has {len(kinds)} fields, not {len(values) - 1}")
+        checked = [kind.check(name, value) for (name, kind), value in zip(kinds, values[1:], strict=True)]
+        result = message(*checked)
+        result.check()
+        return result
+
+
+def _kinds(message: type[Message]) -> tuple[tuple[str, Kind], ...]:
+    return tuple((f.name, f.metadata["kind"]) for f in dataclasses.fields(cast(Any, message)))
+
+
+class FrameReader:
+    """Cut a byte stream into frame payloads. Holds one frame at the most; a length over the limit raises at once."""
+
+    def __init__(self, max_frame: int = MAX_FRAME) -> None:
+        self._max_frame = max_frame
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """Add bytes that arrived."""
+        self._buffer += data
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield the payload of each whole frame. Raises ProtocolError on a length that is not allowed."""
+        offset = 0
+        try:
+            while len(self._buffer) - offset >= _HEADER:
+                length = int.from_bytes(self._buffer[offset : offset + _HEADER], "little")
+                if not 0 < length <= self._max_frame:
+                    raise ProtocolError(f"a frame of {length} bytes; 1 to {self._max_frame} are allowed")
+                end = offset + _HEADER + length
+                if len(self._buffer) < end:
+                    break
+                payload = bytes(memoryview(self._buffer)[offset + _HEADER : end])
+                offset = end
+                yield payload
+        finally:
+            if offset:
+                del self._buffer[:offset]
+
+    @property
+    def pending(self) -> int:
+        """Bytes that wait for the rest of their frame."""
+        return len(self._buffer)
+
+
+AGENT_TO_BROKER = Codec("agent -> broker", (Hello, Roots, Pages, Gone, Data, Attach, Release, AgentStats, Pong))
+BROKER_TO_AGENT = Codec(
+    "broker -> agent",
+    (Welcome, Refused, Verdicts, Fetch, Offer, Segment, Granted, Denied, Withdraw, Retired, Ping),
+)
