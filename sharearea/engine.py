@@ -1,0 +1,1088 @@
+"""The broker as a state machine: `handle(event, now)` returns the actions that follow. No I/O, no clock, no randomness.
+
+Whoever runs it carries out the actions in their order and hands the outcome of Fill, Move and Commit back as an event
+before it handles anything else. A crash is therefore a list of actions that ends early; what must survive it has been
+committed by then: a slot's record before the slot is published, an owner before its handle is sent (design section 3).
+
+All transitions of a peer, of a report, of a publication and of a grant are in this file. Numbers a peer sends are
+looked up, never trusted: an unknown file or request is passed over or costs that peer its connection.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from .common import wire
+from .common.errors import ProtocolError, TableFull
+from .index import Content, PoolIndex
+from .model import (
+    Action,
+    Change,
+    CloseSegment,
+    Commit,
+    CommitFailed,
+    Committed,
+    Disconnect,
+    DomainId,
+    Event,
+    FileId,
+    Fill,
+    Filled,
+    FillFailed,
+    Identity,
+    Log,
+    Malformed,
+    Move,
+    OwnerSet,
+    PeerClosed,
+    PeerConnected,
+    PeerId,
+    PoolId,
+    PoolOpened,
+    PoolRecord,
+    Received,
+    Send,
+    SendSegment,
+    SlotNumber,
+    Tick,
+    Verdict,
+    WithdrawReason,
+)
+from .pagetable import NO_SLOT, PageTable
+from .policy import Policy, PoolRules, Refusal
+
+_PAGE = wire.PAGE_SIZE
+_FP = wire.FINGERPRINT_SIZE
+_SWEEP = 256  # contents looked at in one step of a background sweep
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Times and bounds of the engine; times in seconds."""
+
+    grace: float = 30.0  # how long grants of a vanished agent are kept
+    answer_timeout: float = 20.0  # a fetch, an announced report or a greeting may take as long
+    ping_interval: float = 15.0
+    retry: float = 30.0  # pause after the area, the store or the host was full
+    strikes: int = 3
+    penalty: float = 300.0  # a domain that struck out is refused for as long
+    fetches_per_peer: int = 4
+    pending_pages: int = 262_144  # fingerprints that one domain may have under way (8 MiB)
+    thin_ratio: float = 0.25  # a segment with fewer slots in use than this is emptied
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSetup:
+    """What the engine is given for one pool. `record` is what the store had, if every segment of it was adopted."""
+
+    area: bytes
+    epoch: bytes
+    key: bytes
+    slots_per_segment: int
+    table: PageTable
+    record: PoolRecord | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Report:
+    """A wanted file whose page fingerprints are on their way."""
+
+    path: bytes
+    size: int
+    root: bytes | None
+    count: int
+    since: float
+    fingerprints: bytearray = field(default_factory=bytearray)
+    pages: array[int] = field(default_factory=lambda: array("I"))
+    next_page: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """Pages of one content that are to be published; domains in `tried` could not deliver them."""
+
+    content: Content
+    positions: bytes
+    tried: set[DomainId] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class _Fetch:
+    job: _Job
+    since: float
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    id: PeerId
+    identity: Identity
+    heard: float
+    pool: _Pool | None = None
+    domain: DomainId = ""
+    instance: bytes = b""
+    ping: int = 0
+    ping_sent: float | None = None
+    fetches: dict[int, _Fetch] = field(default_factory=dict)
+    reports: dict[FileId, _Report] = field(default_factory=dict)
+    waiting: dict[FileId, _Report] = field(default_factory=dict)  # another domain is sending the same root
+    deferred: dict[FileId, _Report] = field(default_factory=dict)  # too much under way already, oldest first
+    pending_pages: int = 0
+    segments: set[int] = field(default_factory=set)
+    stats: wire.AgentStats | None = None
+    ignored: dict[Verdict, list[int]] = field(default_factory=dict)  # reason -> [files, bytes]
+
+
+@dataclass(slots=True, eq=False)
+class _Pool:
+    name: PoolId
+    rules: PoolRules
+    setup: PoolSetup
+    index: PoolIndex
+    peers: dict[DomainId, _Peer] = field(default_factory=dict)
+    queue: deque[_Job] = field(default_factory=deque)
+    coming: dict[bytes, deque[tuple[PeerId, FileId]]] = field(default_factory=dict)  # root -> who waits for its pages
+    absent: dict[DomainId, float] = field(default_factory=dict)
+    strikes: dict[DomainId, int] = field(default_factory=dict)
+    barred: dict[DomainId, float] = field(default_factory=dict)
+    paused_until: float = 0.0
+    paused_why: str = ""
+    settle_at: float | None = None
+    offers: deque[Content] = field(default_factory=deque)  # contents whose offer may have grown
+    offers_at: int = 0  # index.changed when that sweep began
+    remarks: dict[DomainId, deque[Content]] = field(default_factory=dict)
+    retry: dict[Content, float] = field(default_factory=dict)
+    emptying: set[int] = field(default_factory=set)
+    moving: int | None = None
+    looked_at: int = -1  # index.changed when segments were last looked at
+    published_total: int = 0
+    mismatched_total: int = 0
+    granted_total: int = 0
+    tally: dict[tuple[str, DomainId], dict[str, int]] = field(default_factory=dict)  # logged at the next tick
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing is being published."""
+        return not self.queue and not any(peer.fetches for peer in self.peers.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Filling:
+    pool: _Pool
+    job: _Job | None  # None: a move
+    ids: bytes
+    first: SlotNumber
+    want: bytes
+    domain: DomainId
+
+
+@dataclass(frozen=True, slots=True)
+class _Publishing:
+    filling: _Filling
+    ok: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Granting:
+    peer: PeerId
+    pool: _Pool
+    owners: tuple[OwnerSet, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Saving:
+    changes: tuple[Change, ...]
+
+
+_Waiting = _Filling | _Publishing | _Granting | _Saving
+
+
+class Engine:
+    """The broker's decisions. One object per broker; not thread-safe.
+
+    `pools` has the set-up of every pool that the policy names; `file_root(size, fingerprints)` computes a file root.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        pools: Mapping[PoolId, PoolSetup],
+        file_root: Callable[[int, bytes], bytes],
+        settings: Settings | None = None,
+    ) -> None:
+        self.policy = policy
+        self.settings = settings or Settings()
+        self._file_root = file_root
+        self._now = 0.0
+        self._token = 0
+        self._request = 0
+        self._peers: dict[PeerId, _Peer] = {}
+        self._pools = {name: self._make_pool(name, setup) for name, setup in pools.items()}
+        self._waiting: dict[int, _Waiting] = {}
+        self._actions: list[Action] = []
+        self._offers: dict[PeerId, dict[FileId, int]] = {}
+        self._unsaved: list[Change] = []
+        self._save_at = 0.0
+
+    def _make_pool(self, name: PoolId, setup: PoolSetup) -> _Pool:
+        rules = self.policy.pools[name]
+        index = PoolIndex(name, setup.table, setup.slots_per_segment, rules.max_domains)
+        return _Pool(name, rules, setup, index)
+
+    # ------------------------------------------------------------------------------------------------ the way in
+
+    def start(self, now: float) -> list[Action]:
+        """Return the first actions: restore what the store had, record pools that are new. Call once, before handle."""
+        self._now = now
+        for pool in self._pools.values():
+            record = pool.setup.record
+            if record is None:
+                self._unsaved.append(PoolOpened(pool.name, pool.setup.area, pool.setup.slots_per_segment))
+                continue
+            pool.index.restore(record)
+            pool.settle_at = now + self.settings.grace
+            for domain, _ in record.owners:
+                pool.absent[domain] = now + self.settings.grace
+        return self._finish()
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Take one event at time `now` (seconds, any steady clock) and return what to do, in order."""
+        self._now = now
+        match event:
+            case Received():
+                self._on_message(event.peer, event.message)
+            case PeerConnected():
+                self._peers[event.peer] = _Peer(event.peer, event.identity, now)
+            case PeerClosed():
+                self._on_closed(event.peer, event.why)
+            case Malformed():
+                self._expel(event.peer, "malformed", event.what)
+            case Filled():
+                self._on_filled(event)
+            case FillFailed():
+                self._on_fill_failed(event)
+            case Committed():
+                self._on_committed(event.token)
+            case CommitFailed():
+                self._on_commit_failed(event)
+            case Tick():
+                self._on_tick()
+        return self._finish()
+
+    @property
+    def busy(self) -> bool:
+        """Return whether a Tick would find work at once: a sweep is under way."""
+        return any(
+            pool.offers or pool.remarks or (pool.offers_at != pool.index.changed and pool.quiet)
+            for pool in self._pools.values()
+        )
+
+    def _finish(self) -> list[Action]:
+        for peer, offers in self._offers.items():
+            items = list(offers.items())
+            for at in range(0, len(items), wire.MAX_IDS):
+                part = items[at : at + wire.MAX_IDS]
+                self._send(
+                    peer,
+                    wire.Offer(
+                        array("I", [file for file, _ in part]).tobytes(), array("I", [n for _, n in part]).tobytes()
+                    ),
+                )
+        self._offers.clear()
+        for pool in self._pools.values():
+            self._pump(pool)
+        if self._unsaved and self._now >= self._save_at:
+            changes = tuple(self._unsaved)
+            self._unsaved.clear()
+            self._act(Commit(self._wait(_Saving(changes)), changes))
+        actions, self._actions = self._actions, []
+        return actions
+
+    def _act(self, action: Action) -> None:
+        self._actions.append(action)
+
+    def _send(self, peer: PeerId, message: wire.Message) -> None:
+        self._actions.append(Send(peer, message))
+
+    def _log(self, event: str, **fields: object) -> None:
+        self._actions.append(Log(event, fields))
+
+    @staticmethod
+    def _tally(pool: _Pool, event: str, domain: DomainId, **counts: int) -> None:
+        """Count what would be too many lines; a tick logs the sums."""
+        sums = pool.tally.setdefault((event, domain), {})
+        for name, count in counts.items():
+            sums[name] = sums.get(name, 0) + count
+
+    def _wait(self, waiting: _Waiting) -> int:
+        self._token += 1
+        self._waiting[self._token] = waiting
+        return self._token
+
+    # ------------------------------------------------------------------------------------------------------ peers
+
+    def _on_message(self, peer_id: PeerId, message: wire.Message) -> None:
+        peer = self._peers.get(peer_id)
+        if peer is None:
+            return
+        peer.heard = self._now
+        try:
+            if peer.pool is None:
+                if not isinstance(message, wire.Hello):
+                    raise ProtocolError("the first message must be Hello")
+                self._on_hello(peer, message)
+                return
+            match message:
+                case wire.Roots():
+                    self._on_roots(peer, peer.pool, message)
+                case wire.Pages():
+                    self._on_pages(peer, peer.pool, message)
+                case wire.Gone():
+                    self._on_gone(peer, peer.pool, array("I", message.ids))
+                case wire.Data():
+                    self._on_data(peer, peer.pool, message)
+                case wire.Attach():
+                    self._on_attach(peer, peer.pool, array("I", message.ids))
+                case wire.Release():
+                    self._save(peer.pool.index.release(peer.domain, array("I", message.ids)))
+                    self._tally(peer.pool, "pages.released", peer.domain, files=len(message.ids) // 4)
+                case wire.AgentStats():
+                    peer.stats = message
+                case wire.Pong():
+                    peer.ping_sent = None
+                case _:
+                    raise ProtocolError(f"{type(message).__name__} is not expected now")
+        except ProtocolError as error:
+            self._expel(peer_id, "malformed", error.message)
+
+    def _on_hello(self, peer: _Peer, hello: wire.Hello) -> None:
+        if hello.protocol != wire.PROTOCOL_VERSION:
+            self._refuse(
+                peer,
+                "protocol-version",
+                f"the agent speaks protocol {hello.protocol}, this broker {wire.PROTOCOL_VERSION}: "
+                "install the same version of both",
+                hello.name,
+            )
+            return
+        admission = self.policy.admit(peer.identity, hello.name)
+        if isinstance(admission, Refusal):
+            self._refuse(peer, admission.reason, admission.text, hello.name)
+            return
+        pool, domain = self._pools[admission.pool], hello.name
+        if self._now < pool.barred.get(domain, 0.0):
+            left = pool.barred[domain] - self._now
+            self._refuse(
+                peer, "struck-out", f"pages of {domain} were not what it reported; again in {left:.0f} s", domain, left
+            )
+            return
+        if domain in pool.peers:
+            self._refuse(
+                peer, "already-connected", f"another agent is connected as {domain}", domain, self.settings.retry
+            )
+            return
+        holdings = pool.index.join(domain)
+        if holdings is None:
+            text = f"pool {pool.name} has max_domains = {pool.rules.max_domains} domains already"
+            self._refuse(peer, "pool-full", text, domain, self.settings.retry)
+            return
+        peer.pool, peer.domain, peer.instance = pool, domain, hello.instance
+        pool.peers[domain] = peer
+        pool.absent.pop(domain, None)
+        self._send(
+            peer.id,
+            wire.Welcome(
+                wire.PROTOCOL_VERSION,
+                domain,
+                pool.name,
+                pool.setup.area,
+                pool.setup.epoch,
+                pool.setup.key,
+                pool.setup.slots_per_segment,
+                pool.rules.min_file_bytes,
+                pool.rules.max_file_bytes,
+                pool.rules.max_files,
+                tuple(pool.rules.include),
+                tuple(pool.rules.exclude),
+            ),
+        )
+        self._reconcile(peer, pool, array("I", hello.held))
+        self._log("domain.joined", domain=domain, pool=pool.name, rule=admission.rule, uid=peer.identity.uid)
+
+    def _reconcile(self, peer: _Peer, pool: _Pool, held: Iterable[FileId]) -> None:
+        """Make the owners in the index and the grants that the agent says it uses the same (I6)."""
+        keep = set(held)
+        mine = pool.index.owned_by(peer.domain)
+        same = {f for f in mine if pool.index.owners[peer.domain, f].instance == peer.instance} & keep
+        self._save(pool.index.release(peer.domain, [f for f in mine if f not in same]))
+        self._withdraw(peer, sorted(keep - same), WithdrawReason.UNKNOWN_GRANT)
+
+    def _refuse(self, peer: _Peer, reason: str, text: str, domain: str, retry: float = 0.0) -> None:
+        self._send(peer.id, wire.Refused(reason, text[:1024], int(retry * 1000)))
+        self._act(Disconnect(peer.id))
+        self._log("domain.refused", domain=domain, reason=reason, detail=text, uid=peer.identity.uid)
+        del self._peers[peer.id]
+
+    def _expel(self, peer_id: PeerId, reason: str, text: str) -> None:
+        """End a connection for the peer's own fault."""
+        peer = self._peers.get(peer_id)
+        if peer is None:
+            return
+        self._log("peer.strike", domain=peer.domain, reason=reason, detail=text, uid=peer.identity.uid)
+        self._send(peer_id, wire.Refused(reason, text[:1024], int(self.settings.retry * 1000)))
+        self._act(Disconnect(peer_id))
+        self._on_closed(peer_id, reason)
+
+    def _strike(self, peer: _Peer, pool: _Pool, reason: str, text: str) -> None:
+        count = pool.strikes.get(peer.domain, 0) + 1
+        pool.strikes[peer.domain] = count
+        self._log("peer.strike", domain=peer.domain, pool=pool.name, reason=reason, detail=text, strikes=count)
+        if count >= self.settings.strikes:
+            del pool.strikes[peer.domain]
+            pool.barred[peer.domain] = self._now + self.settings.penalty
+            self._expel(peer.id, "struck-out", text)
+
+    def _on_closed(self, peer_id: PeerId, why: str) -> None:
+        peer = self._peers.pop(peer_id, None)
+        if peer is None or peer.pool is None:
+            return
+        pool = peer.pool
+        del pool.peers[peer.domain]
+        self._offers.pop(peer_id, None)
+        for fetch in peer.fetches.values():
+            self._requeue(pool, fetch.job, peer.domain)
+        for report in peer.reports.values():
+            self._not_coming(pool, report)
+        pool.remarks.pop(peer.domain, None)
+        self._save(pool.index.leave(peer.domain))
+        pool.absent[peer.domain] = self._now + self.settings.grace
+        self._log("domain.left", domain=peer.domain, pool=pool.name, detail=why)
+
+    # ---------------------------------------------------------------------------------------------------- reports
+
+    def _on_roots(self, peer: _Peer, pool: _Pool, message: wire.Roots) -> None:
+        holdings = pool.index.domains[peer.domain]
+        answered: list[tuple[FileId, Verdict]] = []
+        claimed: list[Content] = []
+        roots = message.roots
+        columns = zip(
+            array("I", message.ids), array("Q", message.sizes), array("I", message.counts), message.paths, strict=True
+        )
+        for at, (file, size, count, path) in enumerate(columns):
+            if any(file in known for known in (holdings.files, peer.reports, peer.waiting, peer.deferred)):
+                raise ProtocolError(f"file {file} is reported already; it must be Gone first")
+            verdict, _ = self.policy.judge(pool.name, path, size)
+            if verdict is None:
+                verdict = self._quota(peer, pool, size)
+            if verdict is not None:
+                self._ignore(peer, answered, file, size, verdict)
+                continue
+            root: bytes | None = roots[at * _FP : at * _FP + _FP]
+            whole = -(-size // _PAGE)
+            if root == wire.NO_ROOT:
+                root = None
+            if not 0 < count <= whole or (root is not None and count != whole):
+                raise ProtocolError(f"file {file}: {count} pages do not make a file of {size} bytes")
+            if root is not None:
+                content = pool.index.find(root)
+                if content is not None and content.size == size:
+                    pool.index.claim(peer.domain, file, path, content)
+                    claimed.append(content)
+                    answered.append((file, Verdict.KNOWN))
+                    continue
+            report = _Report(path, size, root, count, self._now)
+            self._expect(peer, pool, file, report, answered)
+        self._answer(peer, answered)
+        for content in claimed:
+            self._consider(pool, content)
+            self._offer(pool, content, only=peer)
+
+    def _quota(self, peer: _Peer, pool: _Pool, size: int) -> Verdict | None:
+        holdings = pool.index.domains[peer.domain]
+        under_way = len(peer.reports) + len(peer.waiting) + len(peer.deferred)
+        if len(holdings.files) + under_way >= pool.rules.max_files:
+            return Verdict.QUOTA_FILES
+        if holdings.size_bytes + peer.pending_pages * _PAGE + size > pool.rules.max_bytes:
+            return Verdict.QUOTA_BYTES
+        return None
+
+    def _ignore(
+        self, peer: _Peer, answered: list[tuple[FileId, Verdict]], file: FileId, size: int, verdict: Verdict
+    ) -> None:
+        answered.append((file, verdict))
+        counts = peer.ignored.setdefault(verdict, [0, 0])
+        counts[0] += 1
+        counts[1] += size
+
+    def _answer(self, peer: _Peer, answered: list[tuple[FileId, Verdict]]) -> None:
+        for at in range(0, len(answered), wire.MAX_REPORT_FILES):
+            part = answered[at : at + wire.MAX_REPORT_FILES]
+            self._send(
+                peer.id, wire.Verdicts(array("I", [file for file, _ in part]).tobytes(), bytes(v for _, v in part))
+            )
+
+    def _expect(
+        self,
+        peer: _Peer,
+        pool: _Pool,
+        file: FileId,
+        report: _Report,
+        answered: list[tuple[FileId, Verdict]],
+        *,
+        first: bool = False,
+    ) -> bool:
+        """Ask for a file's pages; or let it wait for the domain that sends the same root, or for room (then False).
+
+        One file always has room, and so has one that goes `first`.
+        """
+        if report.root is not None and report.root in pool.coming and not first:
+            peer.waiting[file] = report
+            pool.coming[report.root].append((peer.id, file))
+            return True
+        if peer.pending_pages and peer.pending_pages + report.count > self.settings.pending_pages and not first:
+            peer.deferred[file] = report
+            return False
+        report.since = self._now
+        peer.reports[file] = report
+        peer.pending_pages += report.count
+        if report.root is not None:
+            pool.coming.setdefault(report.root, deque())
+        answered.append((file, Verdict.WANTED))
+        return True
+
+    def _on_pages(self, peer: _Peer, pool: _Pool, message: wire.Pages) -> None:
+        parts = array("I", message.parts)
+        fingerprints = memoryview(message.fingerprints)
+        if sum(parts[2::3]) * _FP != len(fingerprints):
+            raise ProtocolError("Pages: the parts do not add up to the fingerprints")
+        at = 0
+        complete: list[tuple[FileId, _Report]] = []
+        for file, first, count in zip(parts[0::3], parts[1::3], parts[2::3], strict=True):
+            part = fingerprints[at : at + count * _FP]
+            at += count * _FP
+            report = peer.reports.get(file)
+            if report is None:
+                continue  # it was given up meanwhile
+            if not count or first < report.next_page or first + count > -(-report.size // _PAGE):
+                raise ProtocolError(f"file {file}: page {first} does not belong here")
+            if report.root is None:
+                report.pages.extend(range(first, first + count))
+            elif first != report.next_page:
+                raise ProtocolError(f"file {file}: pages are missing before {first}")
+            report.next_page = first + count
+            report.fingerprints += part
+            report.since = self._now
+            arrived = len(report.fingerprints) // _FP
+            if arrived > report.count:
+                raise ProtocolError(f"file {file}: more pages than announced")
+            if arrived == report.count:
+                complete.append((file, report))
+        for file, report in complete:
+            if peer.id in self._peers:
+                self._on_report(peer, pool, file, report)
+        if peer.id in self._peers:
+            self._expect_deferred(peer, pool)
+
+    def _on_report(self, peer: _Peer, pool: _Pool, file: FileId, report: _Report) -> None:
+        """Take up a file whose fingerprints are complete."""
+        self._forget_report(peer, file)
+        fingerprints = bytes(report.fingerprints)
+        if report.root is not None and self._file_root(report.size, fingerprints) != report.root:
+            self._answer(peer, [(file, Verdict.ROOT_MISMATCH)])
+            self._not_coming(pool, report)
+            self._strike(peer, pool, Verdict.ROOT_MISMATCH.code, f"file {file}: its pages do not have its root")
+            return
+        content = pool.index.find(report.root) if report.root is not None else None
+        try:
+            if content is None:
+                pages = None if report.root is not None else report.pages.tobytes()
+                content = pool.index.add(report.root, report.size, pages, fingerprints)
+        except TableFull:
+            answered: list[tuple[FileId, Verdict]] = []
+            self._ignore(peer, answered, file, report.size, Verdict.TABLE_FULL)
+            self._answer(peer, answered)
+            self._not_coming(pool, report)
+            return
+        pool.index.claim(peer.domain, file, report.path, content)
+        if report.root is not None:
+            self._arrived(pool, report.root, content)
+        self._consider(pool, content)
+        self._offer(pool, content)
+
+    def _forget_report(self, peer: _Peer, file: FileId) -> _Report | None:
+        report = peer.reports.pop(file, None)
+        if report is not None:
+            peer.pending_pages -= report.count
+        return report
+
+    def _arrived(self, pool: _Pool, root: bytes, content: Content) -> None:
+        """The pages of a root are here: whoever waited for them holds it now."""
+        for peer_id, file in pool.coming.pop(root, ()):
+            waiter = self._peers.get(peer_id)
+            report = waiter.waiting.pop(file, None) if waiter is not None else None
+            if waiter is None or report is None:
+                continue
+            if report.size != content.size:  # a root covers the size: one of the two is not what the domain has
+                self._answer(waiter, [(file, Verdict.ROOT_MISMATCH)])
+                continue
+            pool.index.claim(waiter.domain, file, report.path, content)
+            self._answer(waiter, [(file, Verdict.KNOWN)])
+
+    def _not_coming(self, pool: _Pool, report: _Report) -> None:
+        """The pages of a root will not come from whom they were expected: ask the next one who has it."""
+        if report.root is None:
+            return
+        waiters = pool.coming.pop(report.root, deque())
+        while waiters:
+            peer_id, file = waiters.popleft()
+            peer = self._peers.get(peer_id)
+            again = peer.waiting.pop(file, None) if peer is not None else None
+            if peer is not None and again is not None:
+                pool.coming[report.root] = waiters
+                answered: list[tuple[FileId, Verdict]] = []
+                self._expect(peer, pool, file, again, answered, first=True)
+                self._answer(peer, answered)
+                return
+
+    def _expect_deferred(self, peer: _Peer, pool: _Pool) -> None:
+        """Ask for files that waited for room, now that there is some."""
+        answered: list[tuple[FileId, Verdict]] = []
+        claimed: list[Content] = []
+        for file in list(islice(peer.deferred, wire.MAX_REPORT_FILES)):
+            report = peer.deferred.pop(file)
+            content = pool.index.find(report.root) if report.root is not None else None
+            if content is not None and content.size == report.size:
+                pool.index.claim(peer.domain, file, report.path, content)
+                answered.append((file, Verdict.KNOWN))
+                claimed.append(content)
+            elif not self._expect(peer, pool, file, report, answered):
+                peer.deferred = {file: peer.deferred.pop(file)} | peer.deferred  # it keeps its place
+                break
+        self._answer(peer, answered)
+        for content in claimed:
+            self._consider(pool, content)
+            self._offer(pool, content, only=peer)
+
+    def _on_gone(self, peer: _Peer, pool: _Pool, files: array[int]) -> None:
+        for file in files:
+            peer.waiting.pop(file, None)
+            peer.deferred.pop(file, None)
+            report = self._forget_report(peer, file)
+            if report is not None:
+                self._not_coming(pool, report)
+        self._save(pool.index.drop(peer.domain, files))
+        held = pool.index.domains[peer.domain].files.values()
+        pool.remarks[peer.domain] = deque({entry.content: None for entry in held})
+        self._expect_deferred(peer, pool)
+
+    # ------------------------------------------------------------------------------------------------- publishing
+
+    def _consider(self, pool: _Pool, content: Content) -> None:
+        """Queue the pages of a content that k domains hold and that are in no slot yet."""
+        if len(pool.index.domains) < pool.rules.k:
+            return
+        if self._now < pool.paused_until:
+            pool.retry[content] = pool.paused_until
+            return
+        positions = pool.index.table.want(content.ids, pool.rules.k)
+        step = wire.MAX_FETCH_PAGES * 4
+        for at in range(0, len(positions), step):
+            content.publishing += 1
+            pool.queue.append(_Job(content, positions[at : at + step]))
+
+    def _pump(self, pool: _Pool) -> None:
+        """Ask holders for bytes, as far as they have room for another fetch."""
+        for _ in range(min(len(pool.queue), 64)):
+            if not any(len(peer.fetches) < self.settings.fetches_per_peer for peer in pool.peers.values()):
+                return
+            job = pool.queue.popleft()
+            candidates = [d for d in job.content.holders if d in pool.peers and d not in job.tried]
+            if not candidates:
+                self._give_up(pool, job)
+                continue
+            domain = min(candidates, key=lambda d: len(pool.peers[d].fetches))
+            peer = pool.peers[domain]
+            if len(peer.fetches) >= self.settings.fetches_per_peer:
+                pool.queue.append(job)
+                continue
+            self._request = (self._request + 1) & 0xFFFFFFFF
+            peer.fetches[self._request] = _Fetch(job, self._now)
+            file = next(iter(job.content.holders[domain]))
+            self._send(peer.id, wire.Fetch(self._request, file, _page_runs(job.content, job.positions)))
+
+    def _give_up(self, pool: _Pool, job: _Job) -> None:
+        pool.index.table.unwant(pool.index.ids_at(job.content, job.positions))
+        self._published(pool, job.content)
+        if job.content.holders:
+            pool.retry[job.content] = self._now + self.settings.retry
+
+    def _requeue(self, pool: _Pool, job: _Job, domain: DomainId) -> None:
+        pool.queue.append(_Job(job.content, job.positions, job.tried | {domain}))
+
+    def _on_data(self, peer: _Peer, pool: _Pool, message: wire.Data) -> None:
+        fetch = peer.fetches.pop(message.request, None)
+        if fetch is None:
+            return  # late: another domain was asked meanwhile
+        job = fetch.job
+        if len(message.have) * 4 != len(job.positions):
+            self._requeue(pool, job, peer.domain)
+            raise ProtocolError("Data: an answer for another number of pages than was asked for")
+        positions, missing = _split(job.positions, message.have)
+        if missing:
+            content = job.content
+            if positions:
+                content.publishing += 1
+            pool.queue.append(_Job(content, missing, job.tried | {peer.domain}))
+        if not positions:
+            return
+        ids = pool.index.ids_at(job.content, positions)
+        want = pool.index.table.fps(ids)
+        first = pool.index.allocate(len(ids) // 4)
+        filling = _Filling(pool, _Job(job.content, positions, job.tried), ids, first, want, peer.domain)
+        self._act(Fill(self._wait(filling), pool.name, first, message.pages, want))
+
+    def _on_filled(self, event: Filled) -> None:
+        filling = self._waiting.pop(event.token, None)
+        if not isinstance(filling, _Filling):
+            return
+        pool, count = filling.pool, len(filling.ids) // 4
+        bad = count - event.ok.count(1)
+        want = bytearray(filling.want)
+        if bad:
+            for i, ok in enumerate(event.ok):
+                if ok != 1:
+                    want[i * _FP : i * _FP + _FP] = bytes(_FP)
+        changes = [pool.index.opened(*segment) for segment in event.opened]
+        if bad == count:
+            self._save(changes)
+            self._abandon(filling)
+        else:
+            changes.append(pool.index.filled(filling.first, bytes(want)))
+            self._act(Commit(self._wait(_Publishing(filling, event.ok)), tuple(changes)))
+        peer = pool.peers.get(filling.domain)
+        if bad:
+            pool.mismatched_total += bad
+            if peer is not None and filling.job is not None:
+                self._strike(peer, pool, "page-mismatch", f"{bad} of {count} pages were not what was reported")
+
+    def _abandon(self, filling: _Filling) -> None:
+        """Nothing of this filling is published."""
+        filling.pool.index.retract(filling.first, len(filling.ids) // 4)
+        if filling.job is not None:
+            self._give_up(filling.pool, filling.job)
+        else:
+            filling.pool.moving = None
+
+    def _on_fill_failed(self, event: FillFailed) -> None:
+        filling = self._waiting.pop(event.token, None)
+        if isinstance(filling, _Filling):
+            self._pause(filling.pool, "area-full", event.why)
+            self._abandon(filling)
+
+    def _pause(self, pool: _Pool, reason: str, why: str) -> None:
+        """Stop publishing for a while; what is queued is wanted again afterwards."""
+        if self._now >= pool.paused_until:
+            self._log(
+                "pool.paused", pool=pool.name, reason=reason, detail=why, retry_ms=int(self.settings.retry * 1000)
+            )
+        pool.paused_until = self._now + self.settings.retry
+        pool.paused_why = reason
+        while pool.queue:
+            self._give_up(pool, pool.queue.popleft())
+
+    def _on_committed(self, token: int) -> None:
+        waiting = self._waiting.pop(token, None)
+        match waiting:
+            case _Publishing():
+                self._publish(waiting.filling, waiting.ok)
+            case _Granting():
+                self._grant(waiting)
+            case _:
+                pass
+
+    def _on_commit_failed(self, event: CommitFailed) -> None:
+        waiting = self._waiting.pop(event.token, None)
+        match waiting:
+            case _Publishing():
+                self._pause(waiting.filling.pool, "store-full", event.why)
+                self._unsave_segments(waiting.filling.pool)
+                self._abandon(waiting.filling)
+            case _Granting():
+                self._log("store.failed", detail=event.why, changes=len(waiting.owners))
+                peer = self._peers.get(waiting.peer)
+                if peer is not None:
+                    self._deny(peer, [(owner.file, Verdict.STORE_FULL) for owner in waiting.owners])
+            case _Saving():
+                self._log("store.failed", detail=event.why, changes=len(waiting.changes))
+                self._unsaved[:0] = waiting.changes
+                self._save_at = self._now + self.settings.retry
+            case _:
+                pass
+
+    def _unsave_segments(self, pool: _Pool) -> None:
+        """A commit that would have recorded new segments failed: record all open segments again with the next one."""
+        self._save([pool.index.opened(number, *place) for number, place in pool.index.segments.items()])
+
+    def _publish(self, filling: _Filling, ok: bytes) -> None:
+        pool, index = filling.pool, filling.pool.index
+        slots = array("I", range(filling.first, filling.first + len(ok))).tobytes()
+        good_slots, _ = _split(slots, ok)
+        good_ids, bad_ids = _split(filling.ids, ok)
+        if filling.job is None:
+            self._finish_move(filling, good_ids, good_slots)
+            return
+        self._save(index.publish(good_ids, good_slots))
+        if bad_ids:
+            index.table.unwant(bad_ids)
+        pool.published_total += len(good_ids) // 4
+        self._tally(pool, "pages.published", filling.domain, pages=len(good_ids) // 4)
+        self._published(pool, filling.job.content)
+
+    def _published(self, pool: _Pool, content: Content) -> None:
+        content.publishing -= 1
+        if content.publishing == 0:
+            self._offer(pool, content)
+
+    def _offer(self, pool: _Pool, content: Content, only: _Peer | None = None) -> None:
+        """Tell the holders of a content how many of its pages are in the area, unless more are on their way."""
+        if content.publishing:
+            return
+        available = pool.index.count_available(content)
+        if not available:
+            return
+        if only is None:
+            content.offered = available
+        for domain, files in content.holders.items():
+            peer = pool.peers.get(domain)
+            if peer is not None and (only is None or peer is only):
+                offers = self._offers.setdefault(peer.id, {})
+                for file in files:
+                    offers[file] = available
+
+    # ----------------------------------------------------------------------------------------------------- grants
+
+    def _on_attach(self, peer: _Peer, pool: _Pool, files: array[int]) -> None:
+        holdings = pool.index.domains[peer.domain]
+        denied: list[tuple[FileId, Verdict]] = []
+        owners: dict[FileId, OwnerSet] = {}
+        for file in files:
+            if file not in holdings.files:
+                denied.append((file, Verdict.NOT_REPORTED))
+            elif (peer.domain, file) in pool.index.owners or file in owners:
+                raise ProtocolError(f"file {file} is granted already; it must be released first")
+            else:
+                runs = pool.index.grantable(peer.domain, file)
+                if runs:
+                    owners[file] = pool.index.owner_change(peer.domain, file, peer.instance, runs)
+                else:
+                    denied.append((file, Verdict.NOTHING_SHARED))
+        self._deny(peer, denied)
+        if owners:
+            granting = _Granting(peer.id, pool, tuple(owners.values()))
+            self._act(Commit(self._wait(granting), granting.owners))
+
+    def _deny(self, peer: _Peer, denied: list[tuple[FileId, Verdict]]) -> None:
+        if denied:
+            self._send(
+                peer.id, wire.Denied(array("I", [file for file, _ in denied]).tobytes(), bytes(v for _, v in denied))
+            )
+
+    def _grant(self, granting: _Granting) -> None:
+        """The owners are in the store: the handles may go out."""
+        pool, pages = granting.pool, 0
+        peer = self._peers.get(granting.peer)
+        for owner in granting.owners:
+            pool.index.own(owner.domain, owner.file, owner.instance, owner.runs)
+            if peer is None:
+                continue  # it left meanwhile; its grace time ends these grants
+            runs = array("I", owner.runs)
+            for segment in sorted({slot // pool.index.slots_per_segment for slot in runs[1::3]} - peer.segments):
+                self._act(SendSegment(peer.id, pool.name, segment))
+                peer.segments.add(segment)
+            self._send(peer.id, wire.Granted(owner.file, owner.runs))
+            pages += sum(runs[2::3])
+        pool.granted_total += pages
+        if peer is not None:
+            self._tally(pool, "pages.granted", peer.domain, files=len(granting.owners), pages=pages)
+
+    def _withdraw(self, peer: _Peer, files: list[FileId], reason: WithdrawReason) -> None:
+        for at in range(0, len(files), wire.MAX_IDS):
+            self._send(peer.id, wire.Withdraw(array("I", files[at : at + wire.MAX_IDS]).tobytes(), reason))
+        if files:
+            pool = peer.pool.name if peer.pool is not None else ""
+            self._log("pages.revoked", pool=pool, domain=peer.domain, files=len(files), reason=reason.name.lower())
+
+    # ------------------------------------------------------------------------------------------------------- time
+
+    def _on_tick(self) -> None:
+        for peer in list(self._peers.values()):
+            self._check_peer(peer)
+        for pool in self._pools.values():
+            self._check_absent(pool)
+            self._sweep_remarks(pool)
+            self._sweep_retries(pool)
+            self._sweep_offers(pool)
+            self._sweep_segments(pool)
+            for (event, domain), counts in pool.tally.items():
+                self._log(event, pool=pool.name, domain=domain, **counts)
+            pool.tally.clear()
+
+    def _check_peer(self, peer: _Peer) -> None:
+        timeout = self.settings.answer_timeout
+        if peer.pool is None:
+            if self._now - peer.heard > timeout:
+                self._expel(peer.id, "no-hello", f"no Hello within {timeout:.0f} s")
+            return
+        if peer.ping_sent is not None and self._now - peer.ping_sent > timeout and self._now - peer.heard > timeout:
+            self._expel(peer.id, "no-answer", f"no answer for {timeout:.0f} s")
+            return
+        if peer.ping_sent is None and self._now - peer.heard > self.settings.ping_interval:
+            peer.ping = (peer.ping + 1) & 0xFFFFFFFF
+            peer.ping_sent = self._now
+            self._send(peer.id, wire.Ping(peer.ping))
+        for request, fetch in list(peer.fetches.items()):
+            if self._now - fetch.since > timeout:
+                del peer.fetches[request]
+                self._requeue(peer.pool, fetch.job, peer.domain)
+        late = [file for file, report in peer.reports.items() if self._now - report.since > timeout]
+        for file in late:
+            report = self._forget_report(peer, file)
+            if report is not None:
+                self._answer(peer, [(file, Verdict.NOT_REPORTED)])
+                self._not_coming(peer.pool, report)
+        if late:
+            self._expect_deferred(peer, peer.pool)
+
+    def _check_absent(self, pool: _Pool) -> None:
+        for domain in [d for d, until in pool.absent.items() if self._now >= until]:
+            del pool.absent[domain]
+            files = pool.index.owned_by(domain)
+            self._save(pool.index.release(domain, files))
+            if files:
+                self._log("pages.released", domain=domain, pool=pool.name, files=len(files), reason="agent-gone")
+        if pool.settle_at is not None and self._now >= pool.settle_at:
+            pool.settle_at = None
+            self._save(pool.index.settle())
+        for domain in [d for d, until in pool.barred.items() if self._now >= until]:
+            del pool.barred[domain]
+
+    def _sweep_remarks(self, pool: _Pool) -> None:
+        """Put back marks that `drop` took off pages which the domain still holds through another file."""
+        for domain, contents in list(pool.remarks.items()):
+            part = [contents.popleft() for _ in range(min(_SWEEP, len(contents)))]
+            pool.index.remark(domain, part)
+            for content in part:
+                if content.holders:
+                    self._consider(pool, content)
+            if not contents:
+                del pool.remarks[domain]
+
+    def _sweep_retries(self, pool: _Pool) -> None:
+        due = list(islice((c for c, at in pool.retry.items() if self._now >= at), _SWEEP))
+        for content in due:
+            del pool.retry[content]
+            if content.holders:
+                self._consider(pool, content)
+
+    def _sweep_offers(self, pool: _Pool) -> None:
+        """Offer what other contents' publications brought: pages are shared by contents that do not know each other."""
+        if not pool.offers:
+            if pool.offers_at == pool.index.changed or not pool.quiet:
+                return
+            pool.offers_at = pool.index.changed
+            pool.offers.extend(pool.index.all_contents())
+        for _ in range(min(_SWEEP, len(pool.offers))):
+            content = pool.offers.popleft()
+            if content.holders and pool.index.count_available(content) > content.offered:
+                self._offer(pool, content)
+
+    # --------------------------------------------------------------------------------------------------- segments
+
+    def _sweep_segments(self, pool: _Pool) -> None:
+        """Close segments that nobody needs; empty those that few pages use (design section 7)."""
+        index = pool.index
+        if pool.moving is not None or pool.offers or index.changed == pool.looked_at:
+            return
+        if not pool.quiet or self._now < pool.paused_until:
+            return
+        for segment in sorted(index.segments):
+            if segment >= index.current_segment():
+                break
+            slots, ids, mapped = index.live(segment)
+            if not slots and not mapped:
+                self._close_segment(pool, segment)
+            elif not slots:
+                if segment not in pool.emptying:
+                    pool.emptying.add(segment)
+                    for domain, files in index.owners_in(segment).items():
+                        peer = pool.peers.get(domain)
+                        if peer is not None:
+                            self._withdraw(peer, files, WithdrawReason.MOVING)
+            elif len(slots) // 4 < self.settings.thin_ratio * index.slots_per_segment:
+                self._move(pool, segment, slots, ids)
+                return
+        pool.looked_at = index.changed
+
+    def _move(self, pool: _Pool, segment: int, slots: bytes, ids: bytes) -> None:
+        pool.moving = segment
+        slots, ids = slots[: wire.MAX_FETCH_PAGES * 4], ids[: wire.MAX_FETCH_PAGES * 4]
+        want = pool.index.table.fps(ids)
+        first = pool.index.allocate(len(ids) // 4)
+        filling = _Filling(pool, None, ids, first, want, "")
+        self._act(Move(self._wait(filling), pool.name, slots, first, want))
+
+    def _finish_move(self, filling: _Filling, ids: bytes, slots: bytes) -> None:
+        pool = filling.pool
+        current = array("I", pool.index.table.slots(ids))
+        still = bytes(1 if slot != NO_SLOT else 0 for slot in current)
+        ids, _ = _split(ids, still)
+        slots, _ = _split(slots, still)
+        self._save(pool.index.publish(ids, slots))
+        self._log("segment.moved", pool=pool.name, segment=pool.moving, pages=len(ids) // 4)
+        pool.moving = None
+
+    def _close_segment(self, pool: _Pool, segment: int) -> None:
+        pool.emptying.discard(segment)
+        self._save([pool.index.close_segment(segment)])
+        self._act(CloseSegment(pool.name, segment))
+        for peer in pool.peers.values():
+            if segment in peer.segments:
+                peer.segments.discard(segment)
+                self._send(peer.id, wire.Retired(array("I", [segment]).tobytes()))
+        self._log("segment.closed", pool=pool.name, segment=segment)
+
+    def _save(self, changes: Iterable[Change]) -> None:
+        """Write what has already happened at the end of this step; if that fails, again later."""
+        self._unsaved.extend(changes)
+
+    # ------------------------------------------------------------------------------------------------- looking in
+
+    def pools(self) -> Mapping[PoolId, Any]:
+        """Return the pools' states, for the simulation to read. Nothing in them may be changed."""
+        return self._pools
+
+
+def _split(column: bytes, flags: bytes) -> tuple[bytes, bytes]:
+    """Split a packed column into the entries whose flag is 1 and the others."""
+    if flags.count(1) == len(flags):
+        return column, b""
+    values = array("I", column)
+    chosen = array("I", [v for v, flag in zip(values, flags, strict=True) if flag == 1])
+    others = array("I", [v for v, flag in zip(values, flags, strict=True) if flag != 1])
+    return chosen.tobytes(), others.tobytes()
+
+
+def _page_runs(content: Content, positions: bytes) -> bytes:
+    """Return (first page, count) runs for pages at ascending positions: at most MAX_FETCH_PAGES of them."""
+    runs = array("I")
+    for position in array("I", positions):
+        page = content.page_number(position)
+        if runs and runs[-2] + runs[-1] == page:
+            runs[-1] += 1
+        else:
+            runs.extend((page, 1))
+    return runs.tobytes()

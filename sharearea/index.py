@@ -1,0 +1,349 @@
+"""Who shares what in one pool: contents, their holders, the slots that have their pages, and the owners of grants.
+
+Pure. Per-page state lives in a PageTable (native in production, a plain twin in tests); this module keeps one object
+per file and per content, never one per page. Every method that changes what a restarted broker must know returns that
+as Changes, for the store; the caller writes them in the order of design section 3 (owner before handle).
+
+Words: a content is what a file holds, named by its root; a domain holds a content while one of its files has it; an
+owner is a domain with grants for one of its files.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from .common import wire
+from .model import (
+    Change,
+    DomainId,
+    FileId,
+    OwnerCleared,
+    OwnerSet,
+    PoolId,
+    PoolRecord,
+    SegmentClosed,
+    SegmentOpened,
+    SlotNumber,
+    SlotsFilled,
+    SlotsFreed,
+)
+from .pagetable import PageTable
+
+_ID = 4  # bytes of an id, a slot, a page number in a packed column
+_RUN = 12
+
+
+@dataclass(slots=True, eq=False)
+class Content:
+    """One whole content (root given) or the resident part of one file (root None): its pages' ids in file order."""
+
+    root: bytes | None
+    size: int
+    ids: bytes
+    pages: bytes | None  # page numbers; None: 0, 1, 2, ...
+    holders: dict[DomainId, set[FileId]] = field(default_factory=dict)
+    available: int = 0  # pages in slots when last counted
+    counted_at: int = -1  # PoolIndex.changed at that time
+    offered: int = 0  # pages available when all holders were last told
+    publishing: int = 0  # fetches under way
+
+    @property
+    def page_count(self) -> int:
+        """Return the number of reported pages."""
+        return len(self.ids) // _ID
+
+    def page_number(self, position: int) -> int:
+        """Return the page number in the file of the page at a position."""
+        if self.pages is None:
+            return position
+        return int.from_bytes(self.pages[position * _ID : position * _ID + _ID], "little")
+
+
+@dataclass(slots=True, eq=False)
+class HeldFile:
+    """A file of a domain and the content it was reported with."""
+
+    path: bytes
+    size: int
+    content: Content
+
+
+@dataclass(slots=True, eq=False)
+class Holdings:
+    """What one domain holds. `number` is its bit in the page table."""
+
+    number: int
+    files: dict[FileId, HeldFile] = field(default_factory=dict)
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Grants in force: one file of one domain."""
+
+    instance: bytes
+    runs: bytes
+
+    @property
+    def page_count(self) -> int:
+        """Return how many pages the runs map."""
+        return sum(array("I", self.runs)[2::3])
+
+
+class PoolIndex:
+    """The index of one pool."""
+
+    def __init__(self, pool: PoolId, table: PageTable, slots_per_segment: int, max_domains: int) -> None:
+        self.pool = pool
+        self.table = table
+        self.slots_per_segment = slots_per_segment
+        self.contents: dict[bytes, Content] = {}
+        self.partial: set[Content] = set()
+        self.domains: dict[DomainId, Holdings] = {}
+        self.owners: dict[tuple[DomainId, FileId], Owner] = {}
+        self.segments: dict[int, tuple[int, int]] = {}
+        self.next_slot: SlotNumber = 0
+        self.changed = 0  # grows whenever slots are published or freed
+        self._numbers = list(range(max_domains - 1, -1, -1))
+        self._restored = b""
+
+    # ---------------------------------------------------------------------------------------- domains and contents
+
+    def join(self, domain: DomainId) -> Holdings | None:
+        """Return the new holdings of a domain, or None when the pool has as many domains as it may."""
+        if not self._numbers:
+            return None
+        holdings = Holdings(self._numbers.pop())
+        self.domains[domain] = holdings
+        return holdings
+
+    def leave(self, domain: DomainId) -> list[Change]:
+        """Forget everything a domain reported. Its grants stay until they are released."""
+        changes = self.drop(domain, list(self.domains[domain].files))
+        holdings = self.domains.pop(domain)
+        self.table.forget(holdings.number)
+        self._numbers.append(holdings.number)
+        return changes
+
+    def find(self, root: bytes) -> Content | None:
+        """Look up a content by its root: one look-up, however large the file."""
+        return self.contents.get(root)
+
+    def add(self, root: bytes | None, size: int, pages: bytes | None, fingerprints: bytes) -> Content:
+        """Take up a content. Raises TableFull, with nothing taken. The caller claims it at once."""
+        content = Content(root, size, self.table.intern(fingerprints), pages)
+        if root is None:
+            self.partial.add(content)
+        else:
+            self.contents[root] = content
+        return content
+
+    def claim(self, domain: DomainId, file: FileId, path: bytes, content: Content) -> None:
+        """Record that a file of the domain has this content. The file must not be held already."""
+        holdings = self.domains[domain]
+        if file in holdings.files:
+            raise ValueError(f"file {file} is held already")
+        holdings.files[file] = HeldFile(path, content.size, content)
+        holdings.size_bytes += content.size
+        files = content.holders.get(domain)
+        if files is None:
+            content.holders[domain] = {file}
+            self.table.mark(content.ids, holdings.number)
+        else:
+            files.add(file)
+
+    def drop(self, domain: DomainId, files: Iterable[FileId]) -> list[Change]:
+        """Forget reported files; unknown numbers are passed over. Contents that nobody holds free their slots.
+
+        The domain's mark is taken off every page of the dropped contents, also where another content of the domain has
+        the same page: too few marks publish too late, too many would break k. `remark` puts them back.
+        """
+        holdings = self.domains[domain]
+        freed = bytearray()
+        for file in files:
+            held = holdings.files.pop(file, None)
+            if held is None:
+                continue
+            holdings.size_bytes -= held.size
+            content = held.content
+            content.holders[domain].discard(file)
+            if content.holders[domain]:
+                continue
+            del content.holders[domain]
+            self.table.unmark(content.ids, holdings.number)
+            if not content.holders:
+                if content.root is None:
+                    self.partial.discard(content)
+                else:
+                    del self.contents[content.root]
+                freed += self.table.unref(content.ids)
+        return self._freed(bytes(freed))
+
+    def remark(self, domain: DomainId, contents: Iterable[Content]) -> None:
+        """Set the domain's mark again on the pages of contents that it still holds."""
+        holdings = self.domains.get(domain)
+        if holdings is not None:
+            for content in contents:
+                if domain in content.holders:
+                    self.table.mark(content.ids, holdings.number)
+
+    def all_contents(self) -> Iterator[Content]:
+        """Yield every content."""
+        yield from self.contents.values()
+        yield from self.partial
+
+    def count_available(self, content: Content) -> int:
+        """Return how many of a content's pages are in slots, counting only if something changed since last time."""
+        if content.counted_at != self.changed:
+            content.available = self.table.count(content.ids)[1]
+            content.counted_at = self.changed
+        return content.available
+
+    # ---------------------------------------------------------------------------------------------------- publishing
+
+    def ids_at(self, content: Content, positions: bytes) -> bytes:
+        """Return the ids of a content's pages at these (ascending) positions."""
+        ids, at = array("I", content.ids), array("I", positions)
+        if at and at[-1] - at[0] + 1 == len(at):
+            return ids[at[0] : at[-1] + 1].tobytes()
+        return array("I", [ids[i] for i in at]).tobytes()
+
+    def allocate(self, count: int) -> SlotNumber:
+        """Return the first of `count` fresh, neighbouring slots of one segment. What does not fit is skipped unused."""
+        if not 0 < count <= self.slots_per_segment:
+            raise ValueError(f"{count} slots do not fit into a segment")
+        room = self.slots_per_segment - self.next_slot % self.slots_per_segment
+        first = self.next_slot if count <= room else self.next_slot + room
+        self.next_slot = first + count
+        return first
+
+    def retract(self, first: SlotNumber, count: int) -> None:
+        """Give back an allocation that was not used, if it is still the last one."""
+        if self.next_slot == first + count:
+            self.next_slot = first
+
+    def publish(self, ids: bytes, slots: bytes) -> list[Change]:
+        """Put pages into slots whose bytes are checked and whose record is in the store."""
+        self.changed += 1
+        return self._freed(self.table.publish(ids, slots))
+
+    def opened(self, segment: int, dev: int, ino: int) -> Change:
+        """Record a segment."""
+        self.segments[segment] = (dev, ino)
+        return SegmentOpened(self.pool, segment, dev, ino)
+
+    def filled(self, first: SlotNumber, fingerprints: bytes) -> Change:
+        """Return what the store must know before these slots are published."""
+        return SlotsFilled(self.pool, first, fingerprints)
+
+    # -------------------------------------------------------------------------------------------------------- grants
+
+    def grantable(self, domain: DomainId, file: FileId) -> bytes:
+        """Return the runs that a grant of this file would cover now; empty when there are none."""
+        content = self.domains[domain].files[file].content
+        return self.table.runs(content.ids, content.pages, self.slots_per_segment)[: wire.MAX_GRANT_RUNS * _RUN]
+
+    def owner_change(self, domain: DomainId, file: FileId, instance: bytes, runs: bytes) -> OwnerSet:
+        """Return the record that must be in the store before `own`."""
+        return OwnerSet(self.pool, domain, instance, file, runs)
+
+    def own(self, domain: DomainId, file: FileId, instance: bytes, runs: bytes) -> None:
+        """Make the domain owner of these slots for one file that it owns nothing of yet."""
+        if (domain, file) in self.owners:
+            raise ValueError(f"{domain} owns file {file} already")
+        self.table.map(runs)
+        self.owners[domain, file] = Owner(instance, runs)
+
+    def release(self, domain: DomainId, files: Iterable[FileId]) -> list[Change]:
+        """End the ownership of these files; those not owned are passed over."""
+        changes: list[Change] = []
+        freed = bytearray()
+        for file in files:
+            owner = self.owners.pop((domain, file), None)
+            if owner is not None:
+                freed += self.table.unmap(owner.runs)
+                changes.append(OwnerCleared(self.pool, domain, file))
+        return changes + self._freed(bytes(freed))
+
+    def owned_by(self, domain: DomainId) -> list[FileId]:
+        """Return the files that a domain has grants for."""
+        return [file for owner, file in self.owners if owner == domain]
+
+    # ------------------------------------------------------------------------------------------------------ segments
+
+    def current_segment(self) -> int:
+        """Return the segment that the next slot comes from; earlier ones are never written again."""
+        return self.next_slot // self.slots_per_segment
+
+    def live(self, segment: int) -> tuple[bytes, bytes, int]:
+        """Return the slots of a segment that pages use, the pages' ids, and how many mappings the segment has."""
+        return self.table.live(segment * self.slots_per_segment, self.slots_per_segment)
+
+    def close_segment(self, segment: int) -> Change:
+        """Forget a segment that has neither live nor mapped slots."""
+        del self.segments[segment]
+        return SegmentClosed(self.pool, segment)
+
+    def owners_in(self, segment: int) -> dict[DomainId, list[FileId]]:
+        """Return the files, by domain, whose grants have a slot in this segment."""
+        found: dict[DomainId, list[FileId]] = {}
+        low, high = segment * self.slots_per_segment, (segment + 1) * self.slots_per_segment
+        for (domain, file), owner in self.owners.items():
+            if any(low <= slot < high for slot in array("I", owner.runs)[1::3]):
+                found.setdefault(domain, []).append(file)
+        return found
+
+    # ------------------------------------------------------------------------------------------------------- restart
+
+    def restore(self, record: PoolRecord) -> None:
+        """Start from what the store had, with every segment adopted. New slots come from a new segment.
+
+        Restored pages are kept by a reference of their own until `settle`, so that they outlive the time in which the
+        agents report again.
+        """
+        self.segments.update(record.segments)
+        kept = bytearray()
+        for first, fingerprints in sorted(record.slots.items()):
+            for start, count in _used_stretches(fingerprints):
+                ids = self.table.intern(fingerprints[start * 32 : (start + count) * 32])
+                self.table.publish(ids, array("I", range(first + start, first + start + count)).tobytes())
+                kept += ids
+        for key, owner in record.owners.items():
+            self.table.map(owner.runs)
+            self.owners[key] = Owner(owner.instance, owner.runs)
+        if record.segments:
+            self.next_slot = (max(record.segments) + 1) * self.slots_per_segment
+        self._restored = bytes(kept)
+        self.changed += 1
+
+    def settle(self) -> list[Change]:
+        """Let go of restored pages that nobody reported again."""
+        ids, self._restored = self._restored, b""
+        return self._freed(self.table.unref(ids)) if ids else []
+
+    # ---------------------------------------------------------------------------------------------------------------
+
+    def _freed(self, slots: bytes) -> list[Change]:
+        if not slots:
+            return []
+        self.changed += 1
+        return [SlotsFreed(self.pool, slots)]
+
+
+def _used_stretches(fingerprints: bytes) -> Iterator[tuple[int, int]]:
+    """Yield (start, count) of the slots in use in one record: those with a fingerprint other than 32 zero bytes."""
+    empty = bytes(32)
+    total = len(fingerprints) // 32
+    if empty not in fingerprints:
+        yield 0, total
+        return
+    start = None
+    for i in range(total + 1):
+        used = i < total and fingerprints[i * 32 : i * 32 + 32] != empty
+        if used and start is None:
+            start = i
+        elif not used and start is not None:
+            yield start, i - start
+            start = None
