@@ -1,0 +1,263 @@
+"""The command `sharearea`: the only place of the dom0 side that prints or exits. Exit codes: docs/exit-codes.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from .broker import Broker
+from .check import check_host
+from .common import __version__
+from .common.control import ask
+from .common.errors import HostError, ShareareaError
+from .common.logs import EventLog
+from .config import BrokerConfig
+from .demo import add_arguments as add_demo_arguments
+from .demo import run as run_demo
+
+DEFAULT_CONFIG: Final = Path("/etc/sharearea/broker.toml")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        code: int = options.run(options)
+        sys.stdout.flush()
+    except ShareareaError as error:
+        print(f"sharearea: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("sharearea: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has had enough: no more of it, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sharearea",
+        description="Keep one copy of each identical file page per host, mapped read-only into every guest.",
+        epilog="Sharing is off until a configuration switches it on. See the README for a first walk.",
+    )
+    parser.add_argument("--version", action="version", version=f"sharearea {__version__}")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def verb(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(run=run)
+        return sub
+
+    broker = verb("broker", "run the broker in the foreground", _broker)
+    _config_option(broker)
+    check = verb("check", "read the configuration, probe this host, say what will work and what not", _check)
+    _config_option(check)
+    check.add_argument("--json", action="store_true", help="print JSON")
+    for name, text, run in (
+        ("status", "show what a running broker does", _status),
+        ("pools", "show pools: pages, area, savings, overhead", _pools),
+        ("domains", "show domains: what they hold, own and dropped", _domains),
+        ("files", "show reported files and what of them is shared", _files),
+    ):
+        sub = verb(name, text, run)
+        sub.add_argument("--json", action="store_true", help="print JSON")
+        place = sub.add_mutually_exclusive_group()
+        place.add_argument("--socket", type=Path, metavar="PATH", help="the broker's status socket")
+        _config_option(place)
+    demo = verb("demo", "share real files between real processes on this host and measure what it saves", run_demo)
+    add_demo_arguments(demo)
+    return parser
+
+
+def _config_option(parser: Any) -> None:
+    parser.add_argument(
+        "--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE", help=f"configuration (default: {DEFAULT_CONFIG})"
+    )
+
+
+def _broker(options: argparse.Namespace) -> int:
+    config = BrokerConfig.load(options.config)
+    broker = Broker(config, EventLog("sharearea", config.log_level))
+    try:
+        broker.open()
+        broker.run()
+    finally:
+        broker.close()
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    config = BrokerConfig.load(options.config)
+    findings = check_host(config)
+    if options.json:
+        _print_json([{slot: getattr(f, slot) for slot in f.__slots__} for f in findings])
+    else:
+        marks = {"ok": "ok  ", "note": "note", "fail": "FAIL"}
+        for finding in findings:
+            print(f"{marks[finding.level]}  {finding.subject}: {finding.text}")
+            if finding.remedy:
+                print(f"      -> {finding.remedy}")
+    return HostError.exit_code if any(finding.level == "fail" for finding in findings) else 0
+
+
+def _ask(options: argparse.Namespace, question: dict[str, Any]) -> dict[str, Any]:
+    path = options.socket or BrokerConfig.load(options.config).status_socket
+    return ask(path, question)
+
+
+def _status(options: argparse.Namespace) -> int:
+    status = _ask(options, {"verb": "status"})
+    if options.json:
+        _print_json(status)
+        return 0
+    console = Console()
+    switch = "on" if status["enabled"] else "OFF (enabled = false in the configuration)"
+    console.print(
+        f"broker pid {status['pid']}, up {status['uptime_ms'] / 1000:.0f} s, {status['cpu_ns'] / 1e9:.2f} s of CPU; "
+        f"sharing is {switch}; {status['connections']} connections",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for warning in status["warnings"]:
+        console.print(f"note: {warning}", highlight=False, markup=False, soft_wrap=True)
+    _print_pools(console, status["pools"])
+    return 0
+
+
+def _pools(options: argparse.Namespace) -> int:
+    answer = _ask(options, {"verb": "pools"})
+    if options.json:
+        _print_json(answer["pools"])
+    else:
+        _print_pools(Console(), answer["pools"])
+    return 0
+
+
+def _print_pools(console: Console, pools: list[dict[str, Any]]) -> None:
+    _print_table(
+        console,
+        ("pool", "domains", "files", "known", "in area", "mapped", "mappings", "dropped", "area", "overhead", "state"),
+        (
+            (
+                pool["pool"],
+                str(pool["domains"]),
+                str(pool["files"]),
+                mib(pool["known_pages"] * 4096),
+                mib(pool["pages_published"] * 4096),
+                mib(pool["pages_shared"] * 4096),
+                mib(pool["pages_sharing"] * 4096),
+                mib(pool["dropped_pages_total"] * 4096),
+                mib(pool["area_bytes"]),
+                mib(pool["overhead_bytes"]),
+                pool["paused"] or "serving",
+            )
+            for pool in pools
+        ),
+        "no pools: every domain is refused",
+    )
+
+
+def _domains(options: argparse.Namespace) -> int:
+    answer = _ask(options, {"verb": "domains"})
+    if options.json:
+        _print_json(answer["domains"])
+        return 0
+    _print_table(
+        Console(),
+        (
+            "domain",
+            "pool",
+            "state",
+            "files",
+            "file bytes",
+            "owned files",
+            "mapped",
+            "dropped",
+            "agent memory",
+            "ignored",
+        ),
+        (
+            (
+                domain["domain"],
+                domain["pool"],
+                domain["state"],
+                str(domain.get("files", "")),
+                mib(domain.get("file_bytes", 0)),
+                str(domain.get("owned_files", "")),
+                mib(domain.get("owned_pages", 0) * 4096),
+                mib(domain.get("dropped_pages_total", 0) * 4096),
+                mib(domain.get("agent_private_bytes", 0)),
+                " ".join(f"{code}: {n['files']}" for code, n in domain.get("ignored", {}).items()),
+            )
+            for domain in answer["domains"]
+        ),
+        "no domain is connected",
+    )
+    return 0
+
+
+def _files(options: argparse.Namespace) -> int:
+    files: list[dict[str, Any]] = []
+    start: int | None = 0
+    while start is not None:
+        answer = _ask(options, {"verb": "files", "start": start})
+        files += answer["files"]
+        start = answer["next"]
+    if options.json:
+        _print_json(files)
+        return 0
+    _print_table(
+        Console(),
+        ("domain", "pages", "in area", "mapped", "holders", "path"),
+        (
+            (
+                file["domain"],
+                str(file["pages"]),
+                str(file["pages_in_area"]),
+                str(file["pages_owned"]),
+                str(file["holders"]),
+                file["path"],
+            )
+            for file in files
+        ),
+        "no file is reported",
+    )
+    return 0
+
+
+def mib(size: int) -> str:
+    """Return a size for a table, in MiB."""
+    return f"{size / (1 << 20):.1f} MiB"
+
+
+def _print_table(console: Console, columns: Sequence[str], rows: Any, nothing: str) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for at, column in enumerate(columns):
+        left = at == 0 or column in ("pool", "state", "path", "ignored")
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
+    empty = True
+    for row in rows:
+        empty = False
+        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+    if empty:
+        console.print(nothing)
+    else:
+        console.print(table)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, sort_keys=True))
