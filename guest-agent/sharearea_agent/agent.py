@@ -1,0 +1,1153 @@
+"""The agent as a state machine: `handle(event, now)` returns the actions that follow. No I/O, no clock, no randomness.
+
+One `_File` per inode in the designated folders (or opened by a consumer). It has two sides. The reported side says what
+the broker was told: a version of the file's content under a file number that is never used again. The shared side moves
+through the states of `Stage`; a version changes only when nothing of it is shared any more. The runner (runner.py)
+hands in what it sees and carries out the actions in their order.
+
+The order that makes invariant I5 hold: lease, then identity check, then grants, then consumers map and compare; on the
+way out consumers put the file's pages back, then the lease is given back and a waiting writer goes on.
+"""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from .common import wire
+from .consumer_wire import MAPPED_DIFFERENT, MAPPED_DONE
+
+ConsumerId = int
+Handle = int
+FileId = int
+
+
+class FileKey(NamedTuple):
+    """Names an inode while it exists."""
+
+    dev: int
+    ino: int
+
+
+class FileIdentity(NamedTuple):
+    """What tells one content of an inode from the next, as far as the kernel says it."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One file as the scanner saw it: which pages are resident, and their root if that is all of them.
+
+    `pages`: packed page numbers if only some are resident, None if all are. Fingerprints stay in the cache (cache.py).
+    """
+
+    path: bytes
+    key: FileKey
+    identity: FileIdentity
+    root: bytes | None
+    pages: bytes | None
+    page_count: int
+    zero_pages: int
+
+
+class Stage(enum.Enum):
+    """Where the shared side of a file is. The arrows are in `TRANSITIONS`."""
+
+    PLAIN = enum.auto()  # consumers, if any, use the plain file
+    LEASING = enum.auto()  # a read lease was asked for
+    ASKING = enum.auto()  # the lease is held, grants were asked for
+    SHARED = enum.auto()  # grants are held, consumers map them
+    LEAVING = enum.auto()  # consumers were told to go back; the lease is held until they all have
+
+
+TRANSITIONS: frozenset[tuple[Stage, Stage]] = frozenset(
+    {
+        (Stage.PLAIN, Stage.LEASING),  # a consumer is there and the broker has offered pages
+        (Stage.LEASING, Stage.ASKING),  # lease taken, identity as reported
+        (Stage.LEASING, Stage.PLAIN),  # no lease, another identity, or no link
+        (Stage.ASKING, Stage.SHARED),  # granted
+        (Stage.ASKING, Stage.PLAIN),  # denied, link lost, lease broken, nobody left
+        (Stage.SHARED, Stage.LEAVING),  # withdrawn, lease broken, nobody left, more pages on offer
+        (Stage.LEAVING, Stage.PLAIN),  # everybody is back on the plain file
+    }
+)
+
+
+# ---------------------------------------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUp:
+    """A connection to the broker stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDown:
+    """There is no connection (any more), or none could be made."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class FromBroker:
+    """A message from the broker that passed the codec."""
+
+    message: wire.Message
+
+
+@dataclass(frozen=True, slots=True)
+class LinkReady:
+    """The link has room for another batch of reports."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What the scanner saw of some files."""
+
+    files: tuple[Observation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Vanished:
+    """These paths name no file any more that could share."""
+
+    paths: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A consumer has mapped a file and waits for an answer."""
+
+    consumer: ConsumerId
+    handle: Handle
+    key: FileKey
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """A consumer has unmapped a file."""
+
+    consumer: ConsumerId
+    handle: Handle
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerMapped:
+    """A consumer answered Share."""
+
+    consumer: ConsumerId
+    handle: Handle
+    generation: int
+    pages: int
+    outcome: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerLetGo:
+    """A consumer answered Unshare."""
+
+    consumer: ConsumerId
+    handle: Handle
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerGone:
+    """A consumer's connection has ended; its library puts the plain files back by itself."""
+
+    consumer: ConsumerId
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseTaken:
+    """Outcome of TakeLease: held; the file had this identity with the lease in force."""
+
+    key: FileKey
+    identity: FileIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRefused:
+    """Outcome of TakeLease: not held."""
+
+    key: FileKey
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseBroken:
+    """Somebody wants to write: the kernel holds him back until the lease is given back, or its own time is over."""
+
+    key: FileKey
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """Outcome of DropCache: pages that went from the guest's page cache, as the kernel counts them."""
+
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Detach:
+    """The operator wants consumers back on plain files: of this path, or of all; until Reattach."""
+
+    path: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reattach:
+    """End of Detach for everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class DropNow:
+    """Drop the guest's own copies of all shared files now, instead of at the next interval."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed; `private_bytes` is the agent's own private memory."""
+
+    private_bytes: int = 0
+
+
+Event = (
+    LinkUp
+    | LinkDown
+    | FromBroker
+    | LinkReady
+    | Observed
+    | Vanished
+    | Opened
+    | Closed
+    | ConsumerMapped
+    | ConsumerLetGo
+    | ConsumerGone
+    | LeaseTaken
+    | LeaseRefused
+    | LeaseBroken
+    | Dropped
+    | Detach
+    | Reattach
+    | DropNow
+    | Tick
+)
+
+
+# --------------------------------------------------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Try to reach the broker. Outcome: LinkUp or LinkDown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hangup:
+    """Close the connection to the broker. LinkDown does not follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a message to the broker."""
+
+    message: wire.Message
+
+
+@dataclass(frozen=True, slots=True)
+class SendPages:
+    """Report the fingerprints of a wanted file, from the cache."""
+
+    file: FileId
+    path: bytes
+    key: FileKey
+    identity: FileIdentity
+    root: bytes | None
+    pages: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class SendData:
+    """Answer a fetch: read the pages, and send those that still have the fingerprints that were reported."""
+
+    request: int
+    path: bytes | None  # None: we have no such file; answer that nothing is there
+    key: FileKey | None
+    identity: FileIdentity | None
+    runs: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StartScan:
+    """Scan the designated folders under this key; `fresh`: forget what earlier scans said."""
+
+    key: bytes
+    epoch: bytes
+    slots_per_segment: int
+    min_file_bytes: int
+    max_file_bytes: int
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rescan:
+    """Look at this file again soon."""
+
+    path: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TakeLease:
+    """Take a read lease on the file, through the descriptor of a consumer. Outcome: LeaseTaken or LeaseRefused."""
+
+    key: FileKey
+    consumer: ConsumerId
+    handle: Handle
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseLease:
+    """Give the lease back. No outcome."""
+
+    key: FileKey
+
+
+@dataclass(frozen=True, slots=True)
+class ShareWith:
+    """Send a consumer the handles for its file: runs (page, slot of the area, count)."""
+
+    consumer: ConsumerId
+    handle: Handle
+    generation: int
+    runs: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class UnshareWith:
+    """Ask a consumer to put the file's own pages back."""
+
+    consumer: ConsumerId
+    handle: Handle
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class CutOff:
+    """Close a consumer's connection: it lets a writer wait for too long. Outcome: ConsumerGone."""
+
+    consumer: ConsumerId
+
+
+@dataclass(frozen=True, slots=True)
+class StayPlain:
+    """Tell a consumer that there is nothing to share for its file now, and why."""
+
+    consumer: ConsumerId
+    handle: Handle
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DropCache:
+    """Drop the guest's own copy of these runs of a leased file. Outcome: Dropped."""
+
+    key: FileKey
+    page_count: int
+    runs: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RenewCache:
+    """The same content has another identity now: keep its fingerprints."""
+
+    key: FileKey
+    old: FileIdentity
+    new: FileIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetSegments:
+    """Close the descriptors of these segments; None: of all (they belong to another area or come again)."""
+
+    segments: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """One event for the log."""
+
+    event: str
+    fields: dict[str, object]
+
+
+Action = (
+    Connect
+    | Hangup
+    | Send
+    | SendPages
+    | SendData
+    | StartScan
+    | Rescan
+    | TakeLease
+    | ReleaseLease
+    | ShareWith
+    | UnshareWith
+    | CutOff
+    | StayPlain
+    | DropCache
+    | RenewCache
+    | ForgetSegments
+    | Log
+)
+
+
+# ---------------------------------------------------------------------------------------------------------- state
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Who the agent is and how it behaves; times in seconds."""
+
+    name: str
+    version: str
+    instance: bytes  # 16 random bytes, new for every start
+    drop: bool = True
+    drop_interval: float = 5.0
+    stats_interval: float = 10.0
+    lease_timeout: float = 10.0
+    retry: float = 2.0  # pause before a file whose lease was refused is tried again
+    reconnect_min: float = 0.2
+    reconnect_max: float = 30.0
+    max_attached_files: int = 16_384
+    drop_batch: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    id: FileId
+    identity: FileIdentity
+    root: bytes | None
+    pages: bytes | None
+    page_count: int
+    zero_pages: int
+
+
+@dataclass(slots=True, eq=False)
+class _Use:
+    """One mapping of a file by one consumer."""
+
+    generation: int = 0  # of the Share or Unshare that was sent last
+    pages: int = 0
+    answered: bool = True  # the consumer was told what it gets, Share or Plain
+    leaving: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _File:
+    key: FileKey
+    paths: dict[bytes, None] = field(default_factory=dict)
+    version: _Version | None = None
+    stale: bool = False  # this version is not the file's content any more
+    successor: _Version | None = None  # the version to report once nothing of this one is shared
+    reported: bool = False  # the broker was sent this version on this connection
+    verdict: int | None = None
+    available: int = 0
+    stage: Stage = Stage.PLAIN
+    leased: bool = False
+    broken: bool = False
+    uses: dict[tuple[ConsumerId, Handle], _Use] = field(default_factory=dict)
+    generation: int = 0
+    runs: bytes = b""
+    granted_pages: int = 0
+    retry_at: float = 0.0
+    leaving_since: float = 0.0
+    hung_logged: bool = False
+    poisoned: bool = False  # a consumer found other bytes: this version is not shared again
+    detached: bool = False
+    dropped: bool = False  # the drop after attaching was asked for
+
+
+class Agent:
+    """The agent's decisions. One object per agent; not thread-safe. `jitter()` returns a number in [0, 1)."""
+
+    def __init__(self, settings: Settings, jitter: Callable[[], float]) -> None:
+        self.settings = settings
+        self._jitter = jitter
+        self._now = 0.0
+        self._actions: list[Action] = []
+        self._files: dict[FileKey, _File] = {}
+        self._by_id: dict[FileId, _File] = {}
+        self._by_path: dict[bytes, _File] = {}
+        self._uses: dict[tuple[ConsumerId, Handle], _File] = {}
+        self._unreported: dict[FileKey, None] = {}
+        self._next_id = 0
+        self._linked = False
+        self._connecting = False
+        self._welcome: wire.Welcome | None = None
+        self._failures = 0
+        self._connect_at = 0.0
+        self._stats_at = 0.0
+        self._drop_at = 0.0
+        self._drop_queue: deque[FileKey] = deque()
+        self._dropped_total = 0
+        self._detach_all = False
+        self._gone: list[FileId] = []
+        self._release: list[FileId] = []
+        self._attach: list[FileId] = []
+        self._private_bytes = 0
+        self._shared_keys: set[FileKey] = set()  # SHARED and LEAVING
+        self._again: dict[FileKey, None] = {}  # plain files to advance at the next tick
+        self._area = b""
+        self._epoch = b""
+        self._refused = ""
+
+    # ------------------------------------------------------------------------------------------------- the way in
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Take one event at time `now` (seconds, any steady clock) and return what to do, in order."""
+        self._now = now
+        match event:
+            case FromBroker():
+                self._on_message(event.message)
+            case LinkReady():
+                self._report_more()
+            case Observed():
+                for seen in event.files:
+                    self._on_observed(seen)
+            case Vanished():
+                for path in event.paths:
+                    self._on_vanished(path)
+            case Opened():
+                self._on_opened(event)
+            case Closed():
+                self._on_use_ended((event.consumer, event.handle))
+            case ConsumerMapped():
+                self._on_mapped(event)
+            case ConsumerLetGo():
+                self._on_let_go(event)
+            case ConsumerGone():
+                for use in [use for use in self._uses if use[0] == event.consumer]:
+                    self._on_use_ended(use)
+            case LeaseTaken():
+                self._on_lease_taken(event)
+            case LeaseRefused():
+                self._on_lease_refused(event)
+            case LeaseBroken():
+                self._on_lease_broken(event.key)
+            case Dropped():
+                self._dropped_total += event.pages
+            case Detach():
+                self._on_detach(event.path)
+            case Reattach():
+                self._on_reattach()
+            case DropNow():
+                for key in self._shared_keys:
+                    if self._files[key].stage is Stage.SHARED:
+                        self._drop(self._files[key])
+            case LinkUp():
+                self._on_link_up()
+            case LinkDown():
+                self._on_link_down(event.why)
+            case Tick():
+                self._private_bytes = event.private_bytes or self._private_bytes
+                self._on_tick()
+        return self._finish()
+
+    def _finish(self) -> list[Action]:
+        for ids, message, most in (
+            (self._gone, wire.Gone, wire.MAX_IDS),
+            (self._release, wire.Release, wire.MAX_IDS),
+            (self._attach, wire.Attach, wire.MAX_ATTACH),
+        ):
+            if self._welcome is not None:
+                for at in range(0, len(ids), most):
+                    self._act(Send(message(array("I", ids[at : at + most]).tobytes())))
+            elif self._linked:
+                continue  # Hello said what is held; what was let go since must follow Welcome
+            ids.clear()
+        actions, self._actions = self._actions, []
+        return actions
+
+    def _act(self, action: Action) -> None:
+        self._actions.append(action)
+
+    def _log(self, event: str, **fields: object) -> None:
+        self._actions.append(Log(event, fields))
+
+    def _to(self, file: _File, stage: Stage) -> None:
+        if (file.stage, stage) not in TRANSITIONS:
+            raise RuntimeError(f"no transition from {file.stage.name} to {stage.name}")
+        file.stage = stage
+
+    # -------------------------------------------------------------------------------------------------- the link
+
+    def _on_link_up(self) -> None:
+        self._connecting, self._linked = False, True
+        held = [
+            file.version.id
+            for file in self._files.values()
+            if file.version is not None and file.stage in (Stage.SHARED, Stage.LEAVING)
+        ][: wire.MAX_HELD]
+        settings = self.settings
+        self._act(
+            Send(
+                wire.Hello(
+                    wire.PROTOCOL_VERSION,
+                    settings.version,
+                    settings.name,
+                    settings.instance,
+                    array("I", held).tobytes(),
+                )
+            )
+        )
+
+    def _on_link_down(self, why: str) -> None:
+        was_linked, self._linked, self._connecting = self._linked, False, False
+        had_welcome, self._welcome = self._welcome is not None, None
+        if was_linked or self._failures == 0:
+            self._log("broker.lost" if was_linked else "broker.unreachable", detail=why)
+        self._back_off()
+        if not had_welcome:
+            return
+        self._unreported.clear()
+        for file in list(self._files.values()):
+            file.reported, file.verdict, file.available = False, None, 0
+            if file.version is not None:
+                self._unreported[file.key] = None
+            if file.stage in (Stage.LEASING, Stage.ASKING):
+                self._settle_plain(file, "no-broker")
+
+    def _back_off(self, least: float = 0.0) -> None:
+        settings = self.settings
+        pause = min(settings.reconnect_max, settings.reconnect_min * 2 ** min(self._failures, 16))
+        self._failures += 1
+        self._connect_at = self._now + max(least, pause * (0.5 + 0.5 * self._jitter()))
+
+    def _on_message(self, message: wire.Message) -> None:
+        match message:
+            case wire.Welcome():
+                self._on_welcome(message)
+            case wire.Refused():
+                self._refused = f"{message.reason}: {message.text}"
+                self._log("domain.refused", reason=message.reason, detail=message.text)
+                self._act(Hangup())
+                self._on_link_down(f"refused: {message.reason}")
+                self._back_off(message.retry_ms / 1000 or self.settings.reconnect_max)
+            case wire.Verdicts():
+                for file_id, verdict in zip(array("I", message.ids), message.verdicts, strict=True):
+                    self._on_verdict(file_id, verdict)
+            case wire.Fetch():
+                self._on_fetch(message)
+            case wire.Offer():
+                for file_id, available in zip(array("I", message.ids), array("I", message.available), strict=True):
+                    file = self._current(file_id)
+                    if file is not None:
+                        file.available = available
+                        self._advance(file)
+            case wire.Granted():
+                self._on_granted(message)
+            case wire.Denied():
+                for file_id in array("I", message.ids):
+                    file = self._current(file_id)
+                    if file is not None and file.stage is Stage.ASKING:
+                        file.available = 0
+                        self._settle_plain(file, "denied")
+            case wire.Withdraw():
+                self._on_withdraw(message)
+            case wire.Retired():
+                self._act(ForgetSegments(tuple(array("I", message.segments))))
+            case wire.Ping():
+                self._act(Send(wire.Pong(message.number)))
+            case _:
+                pass  # Segment: the runner keeps the descriptor
+
+    def _on_welcome(self, welcome: wire.Welcome) -> None:
+        self._welcome = welcome
+        self._failures = 0
+        self._refused = ""
+        if welcome.area != self._area:
+            # Handles of another area: the broker knows nothing of them any more, the mappings stay good until let go.
+            self._area = welcome.area
+            self._act(ForgetSegments(None))
+            for key in list(self._shared_keys):
+                self._leave(self._files[key])
+        self._act(
+            StartScan(
+                welcome.key,
+                welcome.epoch,
+                welcome.slots_per_segment,
+                welcome.min_file_bytes,
+                welcome.max_file_bytes,
+                welcome.include,
+                welcome.exclude,
+            )
+        )
+        self._log("domain.joined", domain=welcome.domain, pool=welcome.pool)
+        if welcome.epoch != self._epoch:
+            self._epoch = welcome.epoch
+            self._forget_versions()
+        for file in self._files.values():
+            if file.version is not None and file.paths:
+                self._unreported[file.key] = None
+        self._act(Send(self._stats()))
+
+    def _forget_versions(self) -> None:
+        """Fingerprints under another key say nothing: the scanner brings new ones."""
+        for file in list(self._files.values()):
+            if file.stage is Stage.PLAIN:
+                self._replace(file, None)
+            else:
+                file.stale = True
+                self._leave(file)
+
+    def _current(self, file_id: FileId) -> _File | None:
+        """Return the file whose current version has this number; late news of earlier versions is passed over."""
+        return self._by_id.get(file_id)
+
+    # ----------------------------------------------------------------------------------------------- what is there
+
+    def _on_observed(self, seen: Observation) -> None:
+        file = self._files.get(seen.key)
+        if file is None:
+            file = self._files[seen.key] = _File(seen.key)
+        other = self._by_path.get(seen.path)
+        if other is not None and other is not file:
+            self._forget_path(seen.path)
+        self._by_path[seen.path] = file
+        file.paths[seen.path] = None
+        if self._detach_all:
+            file.detached = True
+        version = file.version
+        if version is not None and version.identity == seen.identity and not file.stale:
+            file.successor = None
+            if file.stage is not Stage.PLAIN or version.root is not None or not seen.page_count:
+                return  # what is resident changes by itself, a content does not
+            if version.pages == seen.pages and version.root == seen.root:
+                return
+        elif version is not None and file.stage is Stage.SHARED and not file.broken and not file.stale:
+            if version.identity.size == seen.identity.size:
+                # Nobody could write under the lease: times or links changed, the bytes did not.
+                file.version = replace(version, identity=seen.identity)
+                self._act(RenewCache(file.key, version.identity, seen.identity))
+                return
+        fresh = None
+        if seen.page_count:
+            self._next_id += 1
+            fresh = _Version(self._next_id, seen.identity, seen.root, seen.pages, seen.page_count, seen.zero_pages)
+        if file.stage is Stage.PLAIN:
+            self._replace(file, fresh)
+        else:
+            file.successor, file.stale = fresh, True
+            self._leave(file)
+
+    def _replace(self, file: _File, fresh: _Version | None) -> None:
+        """Give a file that shares nothing another version, or none; the broker is told that the old one is gone."""
+        old = file.version
+        if old is not None:
+            del self._by_id[old.id]
+            if file.reported:
+                self._gone.append(old.id)
+        file.version, file.successor = fresh, None
+        file.reported, file.verdict, file.available = False, None, 0
+        file.poisoned = file.stale = False
+        self._unreported.pop(file.key, None)
+        if fresh is not None:
+            self._by_id[fresh.id] = file
+            self._unreported[file.key] = None
+        elif not file.uses and not file.paths:
+            self._files.pop(file.key, None)
+
+    def _on_vanished(self, path: bytes) -> None:
+        if path in self._by_path:
+            self._forget_path(path)
+
+    def _forget_path(self, path: bytes) -> None:
+        file = self._by_path.pop(path)
+        file.paths.pop(path, None)
+        if file.paths:
+            return
+        if file.stage is Stage.PLAIN:
+            self._replace(file, None)
+        elif file.stage in (Stage.LEASING, Stage.ASKING):
+            self._settle_plain(file, "deleted")
+        # a shared file that has lost its name is still what its consumers opened: it stays until they close it
+
+    def _report_more(self) -> None:
+        """Send the next batch of roots."""
+        if self._welcome is None or not self._unreported:
+            return
+        ids, sizes, counts = array("I"), array("Q"), array("I")
+        roots: list[bytes] = []
+        paths: list[bytes] = []
+        room = wire.MAX_FRAME // 2
+        while self._unreported and len(ids) < wire.MAX_REPORT_FILES and room > 0:
+            key = next(iter(self._unreported))
+            del self._unreported[key]
+            file = self._files[key]
+            version = file.version
+            if version is None or not file.paths or file.reported:
+                continue
+            path = next(iter(file.paths))
+            file.reported = True
+            ids.append(version.id)
+            sizes.append(version.identity.size)
+            counts.append(version.page_count)
+            roots.append(version.root if version.root is not None else wire.NO_ROOT)
+            paths.append(path)
+            room -= len(path)
+        if ids:
+            self._act(Send(wire.Roots(ids.tobytes(), sizes.tobytes(), counts.tobytes(), b"".join(roots), tuple(paths))))
+
+    @property
+    def reporting(self) -> bool:
+        """Return whether LinkReady would bring something."""
+        return self._welcome is not None and bool(self._unreported)
+
+    def _on_verdict(self, file_id: FileId, verdict: int) -> None:
+        file = self._current(file_id)
+        if file is None or file.version is None:
+            return
+        file.verdict = verdict
+        if verdict == 1:  # wanted
+            version, path = file.version, next(iter(file.paths), b"")
+            self._act(SendPages(file_id, path, file.key, version.identity, version.root, version.pages))
+
+    def _on_fetch(self, fetch: wire.Fetch) -> None:
+        file = self._current(fetch.file)
+        if file is None or file.version is None or not file.paths:
+            self._act(SendData(fetch.request, None, None, None, fetch.runs))
+        else:
+            self._act(SendData(fetch.request, next(iter(file.paths)), file.key, file.version.identity, fetch.runs))
+
+    # ------------------------------------------------------------------------------------------------- consumers
+
+    def _on_opened(self, opened: Opened) -> None:
+        file = self._files.get(opened.key)
+        if file is None:
+            file = self._files[opened.key] = _File(opened.key, detached=self._detach_all)
+        use = (opened.consumer, opened.handle)
+        if use in self._uses:
+            return  # a handle that is in use: the consumer's own mistake, and its own loss
+        self._uses[use] = file
+        file.uses[use] = _Use(answered=False)
+        if file.stage is Stage.SHARED:
+            self._share(file, use)
+        elif file.stage is Stage.LEAVING:
+            self._plain(file, use, "moving")
+        else:
+            self._advance(file)
+            if file.stage is Stage.PLAIN:
+                self._plain(file, use, self._why_plain(file))
+
+    def _why_plain(self, file: _File) -> str:
+        """Return the reason code for a file that is not shared now."""
+        if self._welcome is None:
+            return "no-broker"
+        if file.detached:
+            return "detached"
+        if file.version is None:
+            return "not-designated"
+        if file.poisoned:
+            return "bytes-differed"
+        if file.verdict is not None and file.verdict > 1:
+            return f"ignored-{file.verdict}"
+        if not file.available:
+            return "not-offered"
+        return "lease-refused"
+
+    def _plain(self, file: _File, use: tuple[ConsumerId, Handle], reason: str) -> None:
+        if not file.uses[use].answered:
+            file.uses[use].answered = True
+            self._act(StayPlain(*use, reason))
+
+    def _advance(self, file: _File) -> None:
+        """Go on towards sharing, if everything for the next step is there."""
+        if file.stage is Stage.SHARED:
+            if file.available > file.granted_pages and not file.detached:
+                self._leave(file)  # more pages are on offer: let go and ask again
+            return
+        if (
+            file.stage is Stage.PLAIN
+            and file.uses
+            and file.available
+            and file.version is not None
+            and self._welcome is not None
+            and not file.poisoned
+            and not file.detached
+            and self._now >= file.retry_at
+            and not file.stale
+            and len(self._shared_keys) < self.settings.max_attached_files
+        ):
+            self._to(file, Stage.LEASING)
+            self._act(TakeLease(file.key, *next(iter(file.uses))))
+
+    def _on_lease_taken(self, taken: LeaseTaken) -> None:
+        file = self._files.get(taken.key)
+        if file is None or file.stage is not Stage.LEASING:
+            self._act(ReleaseLease(taken.key))
+            return
+        file.leased, file.broken = True, False
+        if file.version is None or taken.identity != file.version.identity:
+            for path in file.paths:
+                self._act(Rescan(path))
+            self._settle_plain(file, "changed")
+            return
+        self._to(file, Stage.ASKING)
+        self._attach.append(file.version.id)
+
+    def _on_lease_refused(self, refused: LeaseRefused) -> None:
+        file = self._files.get(refused.key)
+        if file is not None and file.stage is Stage.LEASING:
+            file.retry_at = self._now + self.settings.retry
+            self._settle_plain(file, "lease-refused")
+
+    def _settle_plain(self, file: _File, reason: str) -> None:
+        """Go back to plain from a stage in which no consumer maps anything shared."""
+        self._to(file, Stage.PLAIN)
+        file.runs, file.granted_pages = b"", 0
+        if file.leased:
+            file.leased = False
+            self._act(ReleaseLease(file.key))
+        if file.broken:
+            file.broken = False
+            file.retry_at = self._now + self.settings.retry
+            for path in file.paths:
+                self._act(Rescan(path))
+        for use in file.uses:
+            self._plain(file, use, reason)
+        if file.stale:
+            self._replace(file, file.successor)
+        elif not file.paths:
+            self._replace(file, None)
+        else:
+            self._advance_later(file)
+
+    def _advance_later(self, file: _File) -> None:
+        if file.uses and file.available and not file.detached and not file.poisoned:
+            self._again[file.key] = None
+
+    def _on_granted(self, granted: wire.Granted) -> None:
+        file = self._current(granted.file)
+        if file is None or file.stage is not Stage.ASKING or not file.uses or file.detached or file.stale:
+            # Nobody waits for it any more: give it back.
+            self._release.append(granted.file)
+            if file is not None and file.stage is Stage.ASKING:
+                self._settle_plain(file, "closed")
+            return
+        self._to(file, Stage.SHARED)
+        self._shared_keys.add(file.key)
+        file.runs = granted.runs
+        file.granted_pages = sum(array("I", granted.runs)[2::3])
+        file.generation += 1
+        file.dropped = False
+        for use in file.uses:
+            self._share(file, use)
+        if file.broken:
+            self._leave(file)
+
+    def _share(self, file: _File, use: tuple[ConsumerId, Handle]) -> None:
+        entry = file.uses[use]
+        entry.generation, entry.pages, entry.leaving, entry.answered = file.generation, 0, False, True
+        self._act(ShareWith(*use, file.generation, file.runs))
+
+    def _on_mapped(self, mapped: ConsumerMapped) -> None:
+        use = (mapped.consumer, mapped.handle)
+        file = self._uses.get(use)
+        if file is None or file.uses[use].generation != mapped.generation or file.uses[use].leaving:
+            return
+        file.uses[use].pages = mapped.pages
+        if mapped.outcome == MAPPED_DIFFERENT:
+            file.poisoned = True
+            path = next(iter(file.paths), b"")
+            self._log("file.mismatch", path=path.decode("utf-8", "backslashreplace"), consumer=mapped.consumer)
+            self._leave(file)
+        elif mapped.outcome == MAPPED_DONE and file.stage is Stage.SHARED:
+            self._drop_if_complete(file)
+
+    def _drop_if_complete(self, file: _File) -> None:
+        if self.settings.drop and not file.dropped and all(use.pages for use in file.uses.values()):
+            file.dropped = True
+            self._drop(file)
+
+    def _drop(self, file: _File) -> None:
+        if file.version is not None:
+            self._act(DropCache(file.key, file.version.page_count, file.runs))
+
+    def _leave(self, file: _File) -> None:
+        """Bring every consumer of a shared file back to the plain file."""
+        if file.stage is not Stage.SHARED:
+            return
+        self._to(file, Stage.LEAVING)
+        file.leaving_since, file.hung_logged = self._now, False
+        for use, entry in file.uses.items():
+            entry.leaving = True
+            self._act(UnshareWith(*use, entry.generation))
+        self._finish_leaving(file)
+
+    def _on_let_go(self, let_go: ConsumerLetGo) -> None:
+        use = (let_go.consumer, let_go.handle)
+        file = self._uses.get(use)
+        if file is None or file.stage is not Stage.LEAVING or file.uses[use].generation != let_go.generation:
+            return
+        file.uses[use].leaving, file.uses[use].pages = False, 0
+        self._finish_leaving(file)
+
+    def _on_use_ended(self, use: tuple[ConsumerId, Handle]) -> None:
+        file = self._uses.pop(use, None)
+        if file is None:
+            return
+        del file.uses[use]
+        if file.stage is Stage.LEAVING:
+            self._finish_leaving(file)
+        elif file.stage is Stage.SHARED:
+            if file.uses:
+                self._drop_if_complete(file)
+            else:
+                self._leave(file)
+        elif file.stage is Stage.PLAIN and not file.uses and not file.paths:
+            self._replace(file, None)
+
+    def _finish_leaving(self, file: _File) -> None:
+        if file.stage is not Stage.LEAVING or any(use.leaving for use in file.uses.values()):
+            return
+        self._shared_keys.discard(file.key)
+        if file.version is not None:
+            self._release.append(file.version.id)
+        self._settle_plain(file, "withdrawn")
+
+    def _on_lease_broken(self, key: FileKey) -> None:
+        file = self._files.get(key)
+        if file is None or not file.leased:
+            self._act(ReleaseLease(key))
+            return
+        file.broken = True
+        if file.stage is Stage.SHARED:
+            self._leave(file)
+        elif file.stage is Stage.ASKING:
+            # Should the broker grant all the same, `_on_granted` gives it back.
+            self._settle_plain(file, "lease-broken")
+
+    def _on_withdraw(self, withdraw: wire.Withdraw) -> None:
+        for file_id in array("I", withdraw.ids):
+            file = self._current(file_id)
+            if file is None or file.stage in (Stage.PLAIN, Stage.LEASING):
+                self._release.append(file_id)
+            elif file.stage is Stage.SHARED:
+                self._leave(file)
+
+    def _on_detach(self, path: bytes | None) -> None:
+        if path is None:
+            self._detach_all = True
+            files: Iterable[_File] = list(self._files.values())
+        else:
+            one = self._by_path.get(path)
+            files = [one] if one is not None else []
+        for file in files:
+            file.detached = True
+            self._leave(file)
+
+    def _on_reattach(self) -> None:
+        self._detach_all = False
+        for file in list(self._files.values()):
+            file.detached = False
+            self._advance(file)
+
+    # ------------------------------------------------------------------------------------------------------- time
+
+    def _on_tick(self) -> None:
+        if not self._linked and not self._connecting and self._now >= self._connect_at:
+            self._connecting = True
+            self._act(Connect())
+        again, self._again = self._again, {}
+        for key in again:
+            file = self._files.get(key)
+            if file is not None and file.stage is Stage.PLAIN:
+                self._advance(file)
+                if file.stage is Stage.PLAIN and self._now < file.retry_at:
+                    self._again[key] = None
+        if self._welcome is not None and self._now >= self._stats_at:
+            self._stats_at = self._now + self.settings.stats_interval
+            self._act(Send(self._stats()))
+        if self.settings.drop and self._now >= self._drop_at:
+            self._drop_at = self._now + self.settings.drop_interval
+            if not self._drop_queue:
+                self._drop_queue.extend(self._shared_keys)
+        for _ in range(min(len(self._drop_queue), self.settings.drop_batch)):
+            file = self._files.get(self._drop_queue.popleft())
+            if file is not None and file.stage is Stage.SHARED and file.dropped:
+                self._drop(file)
+        for key in self._shared_keys:
+            file = self._files[key]
+            if (
+                file.stage is Stage.LEAVING
+                and not file.hung_logged
+                and self._now - file.leaving_since > self.settings.lease_timeout
+            ):
+                file.hung_logged = True
+                hung = sorted({use[0] for use, entry in file.uses.items() if entry.leaving})
+                path = next(iter(file.paths), b"").decode("utf-8", "backslashreplace")
+                self._log("consumer.hung", path=path, consumers=hung)
+                for consumer in hung:
+                    self._act(CutOff(consumer))
+
+    # ------------------------------------------------------------------------------------------------- looking in
+
+    def _stats(self) -> wire.AgentStats:
+        versions = [file.version for file in self._files.values() if file.version is not None]
+        shared = [self._files[key] for key in self._shared_keys]
+        return wire.AgentStats(
+            len(versions),
+            sum(version.page_count for version in versions),
+            sum(version.zero_pages for version in versions),
+            len(shared),
+            sum(use.pages for file in shared for use in file.uses.values()),
+            self._dropped_total,
+            self._private_bytes,
+        )
+
+    def status(self) -> dict[str, object]:
+        """Return what `sharearea-agent status` shows: plain numbers and texts."""
+        stats = self._stats()
+        verdicts: dict[str, int] = {}
+        for file in self._files.values():
+            if file.version is None:
+                continue
+            if file.verdict is None:
+                word = "reported" if file.reported else "not reported yet"
+            else:
+                word = ("known", "wanted")[file.verdict] if file.verdict < 2 else f"ignored-{file.verdict}"
+            verdicts[word] = verdicts.get(word, 0) + 1
+        return {
+            "name": self.settings.name,
+            "connected": self._welcome is not None,
+            "pool": self._welcome.pool if self._welcome is not None else None,
+            "refused": self._refused or None,
+            "detached": self._detach_all,
+            "files": stats.files,
+            "resident_pages": stats.resident_pages,
+            "zero_pages": stats.zero_pages,
+            "reports": verdicts,
+            "offered_files": sum(1 for file in self._files.values() if file.available),
+            "attached_files": stats.attached_files,
+            "attached_pages": stats.attached_pages,
+            "dropped_pages_total": stats.dropped_pages_total,
+            "private_bytes": stats.private_bytes,
+            "consumers": len({consumer for consumer, _ in self._uses}),
+        }
+
+    def knows(self, path: bytes) -> bool:
+        """Return whether a file was seen under this reported path."""
+        return path in self._by_path
+
+    def paths(self) -> list[bytes]:
+        """Return the reported paths of all known files."""
+        return list(self._by_path)

@@ -1,0 +1,293 @@
+"""The agent's side of its consumers: the socket they connect to, their messages, the files they have open.
+
+A consumer proves its right to a file with a descriptor of it; the agent opens the same inode again for itself, once per
+inode, and takes leases on that. Whatever a consumer sends costs that consumer only. What follows from a message is
+decided in agent.py; this module turns messages into events and actions into messages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import selectors
+import socket
+import stat
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from . import agent
+from .agent import ConsumerId, Event, FileKey, Handle
+from .common.errors import HostError, ProtocolError
+from .common.link import LinkClosed, QueueFull, StreamLink
+from .common.wire import Message
+from .consumer_wire import (
+    AGENT_TO_CONSUMER,
+    CONSUMER_TO_AGENT,
+    Close,
+    LetGo,
+    Mapped,
+    Open,
+    Plain,
+    SegmentsGone,
+    Share,
+    ShareSegment,
+    Unshare,
+)
+from .mapper import Mapper
+
+_MAX_CONSUMERS: Final = 4096
+_MAX_QUEUE: Final = 8 << 20
+_MAX_FDS: Final = 256  # descriptors that may arrive ahead of their messages
+_UCRED: Final = struct.Struct("iII")
+
+
+@dataclass(slots=True, eq=False)
+class OpenFile:
+    """An inode that consumers have open: the agent's own read-only descriptor, and by whom it is used."""
+
+    fd: int
+    uses: set[tuple[ConsumerId, Handle]] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class _Consumer:
+    id: ConsumerId
+    link: StreamLink
+    pid: int
+    uid: int
+    files: dict[Handle, FileKey] = field(default_factory=dict)
+    segments: set[int] = field(default_factory=set)
+
+
+class ConsumerHub:
+    """All consumers of one agent. Runs on the runner's selector; `feed` hands events to the agent's state machine."""
+
+    def __init__(
+        self,
+        path: Path,
+        selector: selectors.BaseSelector,
+        mapper: Mapper,
+        feed: Callable[[Event], None],
+        log: Callable[..., None],
+    ) -> None:
+        self._path = path
+        self._selector = selector
+        self._mapper = mapper
+        self._feed = feed
+        self._log = log
+        self._next = 0
+        self._consumers: dict[ConsumerId, _Consumer] = {}
+        self.files: dict[FileKey, OpenFile] = {}
+        self._listener = _listen(path)
+        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
+    # --------------------------------------------------------------------------------------------------- messages
+
+    def _accept(self, _: int) -> None:
+        try:
+            sock, _address = self._listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._log("agent.limit", detail=f"cannot accept a consumer: {error.strerror}")
+            return
+        if len(self._consumers) >= _MAX_CONSUMERS:
+            sock.close()
+            self._log("agent.limit", detail=f"{_MAX_CONSUMERS} consumers are connected")
+            return
+        pid, uid, _gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        link = StreamLink(
+            sock,
+            incoming=CONSUMER_TO_AGENT,
+            outgoing=AGENT_TO_CONSUMER,
+            max_queue_bytes=_MAX_QUEUE,
+            accept_fds=_MAX_FDS,
+        )
+        self._next += 1
+        consumer = _Consumer(self._next, link, pid, uid)
+        self._consumers[consumer.id] = consumer
+        self._selector.register(link, selectors.EVENT_READ, lambda mask: self._ready(consumer, mask))
+
+    def _ready(self, consumer: _Consumer, mask: int) -> None:
+        try:
+            if mask & selectors.EVENT_WRITE:
+                self._flush(consumer)
+            if mask & selectors.EVENT_READ:
+                for message, fd in consumer.link.receive():
+                    self._on_message(consumer, message, fd)
+        except LinkClosed:
+            self._drop(consumer)
+        except ProtocolError as error:
+            self._log("consumer.refused", detail=error.message, pid=consumer.pid, uid=consumer.uid)
+            self._drop(consumer)
+
+    def _on_message(self, consumer: _Consumer, message: Message, fd: int | None) -> None:
+        match message:
+            case Open():
+                assert fd is not None
+                try:
+                    self._on_open(consumer, message, fd)
+                finally:
+                    os.close(fd)
+            case Close():
+                self._forget(consumer, message.handle)
+                self._feed(agent.Closed(consumer.id, message.handle))
+            case Mapped():
+                self._feed(
+                    agent.ConsumerMapped(
+                        consumer.id, message.handle, message.generation, message.pages, message.outcome
+                    )
+                )
+            case LetGo():
+                self._feed(agent.ConsumerLetGo(consumer.id, message.handle, message.generation))
+
+    def _on_open(self, consumer: _Consumer, message: Open, fd: int) -> None:
+        if message.handle in consumer.files:
+            raise ProtocolError(f"handle {message.handle} is in use")
+        info = os.fstat(fd)
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if not stat.S_ISREG(info.st_mode) or flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
+            raise ProtocolError("a descriptor that does not give the right to read a regular file")
+        key = FileKey(info.st_dev, info.st_ino)
+        use = (consumer.id, message.handle)
+        if message.length != info.st_size:
+            self._send(consumer, Plain(message.handle, "changed"))
+            return
+        known = self.files.get(key)
+        if known is None:
+            try:
+                # A description of our own: the consumer cannot touch a lease on it, nor close it.
+                own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                self._log("agent.limit", detail=f"cannot open a consumer's file: {error.strerror}")
+                self._send(consumer, Plain(message.handle, "agent-limit"))
+                return
+            known = self.files[key] = OpenFile(own)
+        known.uses.add(use)
+        consumer.files[message.handle] = key
+        self._feed(agent.Opened(consumer.id, message.handle, key))
+
+    # ---------------------------------------------------------------------------------------------------- actions
+
+    def share(self, action: agent.ShareWith) -> None:
+        """Send a consumer the handles for its file, and segments that it has not got yet."""
+        consumer = self._consumers.get(action.consumer)
+        if consumer is None:
+            return
+        runs, segments, numbers = self._mapper.translate(action.runs)
+        for number in numbers:
+            if number not in consumer.segments:
+                self._send(consumer, ShareSegment(number), self._mapper.segment_fd(number))
+                consumer.segments.add(number)
+        self._send(consumer, Share(action.handle, action.generation, runs, segments))
+
+    def unshare(self, action: agent.UnshareWith) -> None:
+        """Ask a consumer to put its plain file back."""
+        consumer = self._consumers.get(action.consumer)
+        if consumer is not None:
+            self._send(consumer, Unshare(action.handle, action.generation))
+
+    def cut_off(self, action: agent.CutOff) -> None:
+        """Close the connection of a consumer that does not answer; its library goes back to plain files by itself."""
+        consumer = self._consumers.get(action.consumer)
+        if consumer is not None:
+            self._drop(consumer)
+
+    def plain(self, action: agent.StayPlain) -> None:
+        """Tell a consumer that its file stays plain."""
+        consumer = self._consumers.get(action.consumer)
+        if consumer is not None:
+            self._send(consumer, Plain(action.handle, action.reason))
+
+    def segments_gone(self, numbers: list[int]) -> None:
+        """Have consumers close their descriptors of segments."""
+        for consumer in list(self._consumers.values()):
+            theirs = [number for number in numbers if number in consumer.segments]
+            consumer.segments.difference_update(theirs)
+            for at in range(0, len(theirs), 4096):
+                part = theirs[at : at + 4096]
+                self._send(consumer, SegmentsGone(b"".join(number.to_bytes(4, "little") for number in part)))
+
+    def describe(self, consumer_id: ConsumerId) -> str:
+        """Return a consumer's process for the log, as `pid 17 uid 1000`."""
+        consumer = self._consumers.get(consumer_id)
+        return f"pid {consumer.pid} uid {consumer.uid}" if consumer is not None else "gone"
+
+    # -------------------------------------------------------------------------------------------------- links
+
+    def _send(self, consumer: _Consumer, message: Message, fd: int | None = None) -> None:
+        if consumer.id not in self._consumers:
+            return
+        try:
+            consumer.link.send(message, fd)
+            self._flush(consumer)
+        except LinkClosed:
+            self._drop(consumer)
+        except (QueueFull, HostError) as error:
+            self._log("consumer.refused", detail=error.message, pid=consumer.pid, uid=consumer.uid)
+            self._drop(consumer)
+
+    def _flush(self, consumer: _Consumer) -> None:
+        consumer.link.flush()
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if consumer.link.wants_write else 0)
+        key = self._selector.get_key(consumer.link)
+        if key.events != events:
+            self._selector.modify(consumer.link, events, key.data)
+
+    def _forget(self, consumer: _Consumer, handle: Handle) -> None:
+        key = consumer.files.pop(handle, None)
+        if key is None:
+            return
+        self.files[key].uses.discard((consumer.id, handle))
+
+    def release_unused(self) -> None:
+        """Close the descriptors of files that no consumer has open any more. Call when their leases are given back."""
+        for key in [key for key, file in self.files.items() if not file.uses]:
+            os.close(self.files.pop(key).fd)
+
+    def _drop(self, consumer: _Consumer) -> None:
+        if self._consumers.pop(consumer.id, None) is None:
+            return
+        self._selector.unregister(consumer.link)
+        consumer.link.close()
+        for handle in list(consumer.files):
+            self._forget(consumer, handle)
+        self._feed(agent.ConsumerGone(consumer.id))
+
+    def close(self) -> None:
+        """Drop all consumers, who then put their plain files back, and remove the socket."""
+        for consumer in list(self._consumers.values()):
+            self._drop(consumer)
+        self.release_unused()
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        self._path.unlink(missing_ok=True)
+
+
+def _listen(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                probe.connect(os.fspath(path))
+            except ConnectionRefusedError:
+                path.unlink()
+            else:
+                raise HostError(f"an agent is running already: {path} answers", "stop it, or configure another path")
+            finally:
+                probe.close()
+        listener.bind(os.fspath(path))
+        path.chmod(0o666)  # every program of the domain may connect; it gets what its own descriptors prove
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise HostError(f"cannot listen on {path}: {error.strerror}", "check the folder and its rights") from None
+    except HostError:
+        listener.close()
+        raise
+    return listener

@@ -1,0 +1,638 @@
+"""The agent's loop: what happens around it becomes events, the state machine decides, actions are carried out here.
+
+The main thread has the links, the leases and the state machine. One worker thread has the scanner and the fingerprint
+cache, for everything that may wait for a disk; jobs that somebody waits for go before the next batch of a scan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import secrets
+import selectors
+import signal
+import socket
+import time
+from array import array
+from collections import deque
+from functools import partial
+from pathlib import Path
+from random import SystemRandom
+from typing import Any, Final
+
+from . import agent
+from .agent import Action, Agent, Event, FileIdentity, FileKey, SendPages
+from .cache import FingerprintCache, coarse_clock_ns
+from .common import __version__, native, wire
+from .common.control import ControlServer
+from .common.errors import HostError, NativeError, ProtocolError, UsageError
+from .common.link import LinkClosed, QueueFull, StreamLink
+from .common.logs import EventLog
+from .common.wire import AGENT_TO_BROKER, BROKER_TO_AGENT
+from .config import AgentConfig
+from .consumers import ConsumerHub
+from .mapper import LocalMapper
+from .scan import Counters, Pass, Run, Scanner, ScanSettings, runs_of, vanished
+from .watch import FolderWatch
+from .worker import Job, Steps, Then, Worker
+
+_TICK_S: Final = 0.25
+_MAX_QUEUE: Final = 16 << 20
+_REPORT_ROOM: Final = 1 << 20  # reports go out while fewer bytes than this wait for the broker
+_CONNECT_TIMEOUT_S: Final = 2.0
+_DUE_S: Final = 1.0  # between two looks at files that were too young to be trusted
+
+
+class Runner:
+    """One agent: open it, run it, close it. All methods belong to the main thread."""
+
+    def __init__(self, config: AgentConfig, log: EventLog) -> None:
+        self.config = config
+        self.log = log
+        self._selector = selectors.DefaultSelector()
+        self._undo = contextlib.ExitStack()
+        self._events: deque[Event] = deque()
+        self._link: StreamLink | None = None
+        self._mapper = LocalMapper()
+        self._leases: dict[int, FileKey] = {}  # descriptor -> file
+        self._wanted: deque[SendPages] = deque()
+        self._wanted_at = 0  # pages of the first wanted file that were sent
+        self._packing = False
+        # Scanner and cache are the worker's; the main thread only asks whether there is one.
+        self._scanner: Scanner | None = None
+        self._scanner_of: tuple[bytes, ScanSettings] | None = None
+        self._cache: FingerprintCache | None = None
+        self._cache_epoch = b""
+        self._scanning = False
+        self._rescan_at: float | None = None
+        self._due_at = 0.0
+        self._touched: list[bytes] = []  # reported paths to look at besides what the watch says
+        self._full_scans = 0
+        self._scan_errors: dict[str, int] = {}
+        self._stopping = False
+        self._started = time.monotonic()
+        settings = agent.Settings(
+            name=config.name,
+            version=__version__,
+            instance=secrets.token_bytes(16),
+            drop=config.drop,
+            drop_interval=config.drop_interval,
+            lease_timeout=config.lease_timeout,
+            reconnect_max=config.reconnect_max,
+            max_attached_files=config.max_attached_files,
+        )
+        self.agent = Agent(settings, SystemRandom().random)
+
+    # ------------------------------------------------------------------------------------------------ start and end
+
+    def open(self) -> None:
+        """Open sockets, watch, cache and worker. Raises ShareareaError."""
+        config = self.config
+        _raise_descriptor_limit()
+        # Before any other thread exists: every thread inherits the blocked lease signal.
+        self._lease_watch = native.lease_watch_open()
+        self._undo.callback(os.close, self._lease_watch)
+        self._selector.register(self._lease_watch, selectors.EVENT_READ, self._on_leases)
+        self._wake_in, self._wake_out = socket.socketpair()
+        for end in (self._wake_in, self._wake_out):
+            end.setblocking(False)
+            self._undo.callback(end.close)
+        self._selector.register(self._wake_in, selectors.EVENT_READ, self._on_wake)
+        for path in (config.consumer_socket, config.control_socket, config.cache):
+            _make_folder(path.parent)
+        self._undo.callback(self._mapper.close)
+        self._control = ControlServer(config.control_socket, 0o600, self._answer, self._selector)
+        self._undo.callback(self._control.close)
+        self._hub = ConsumerHub(
+            config.consumer_socket, self._selector, self._mapper, self._events.append, self.log.event
+        )
+        self._undo.callback(self._hub.close)
+        self._worker = Worker(self._wake, self._on_job_failed, self._close_cache)
+        self._worker.start()
+        self._undo.callback(self._worker.stop)
+        self._watch = FolderWatch([os.fsencode(folder) for folder in config.folders], settle=config.settle)
+        self._undo.callback(self._watch.close)
+        for error in self._watch.start():
+            self.log.event("watch.limited", detail=error.message, hint=error.hint)
+        self.log.event("agent.started", name=config.name, folders=[str(folder) for folder in config.folders])
+
+    def run(self) -> None:
+        """Work until SIGTERM, SIGINT or stop()."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.stop())
+        signal.set_wakeup_fd(self._wake_out.fileno(), warn_on_full_buffer=False)
+        self._undo.callback(signal.set_wakeup_fd, -1)
+        next_tick = 0.0
+        while not self._stopping:
+            now = time.monotonic()
+            if now >= next_tick:
+                next_tick = now + _TICK_S
+                self._tick(now)
+            self._drain()
+            timeout = 0.0 if self._more_to_report() else max(0.0, next_tick - time.monotonic())
+            for key, mask in self._selector.select(timeout):
+                if isinstance(key.data, ControlServer):
+                    key.data.ready(key.fileobj)  # type: ignore[arg-type]
+                else:
+                    key.data(mask)
+                self._drain()
+
+    def stop(self) -> None:
+        """End run() after this round."""
+        self._stopping = True
+
+    def close(self) -> None:
+        """Let consumers go back to their plain files, give leases back, close everything."""
+        if self._link is not None:
+            self._hang_up()
+        self._undo.close()
+        self._selector.close()
+        self.log.event("agent.stopped", log_lines_dropped=self.log.dropped)
+
+    # ------------------------------------------------------------------------------------------------------- rounds
+
+    def _drain(self) -> None:
+        """Hand queued events to the state machine until there are none."""
+        while self._events:
+            for action in self.agent.handle(self._events.popleft(), time.monotonic()):
+                self._act(action)
+        if self._link is not None:
+            self._flush()
+
+    def _tick(self, now: float) -> None:
+        self._events.append(agent.Tick(_private_bytes() if self._full_scans else 0))
+        self._hub.release_unused()
+        self._look_at_changes(now)
+
+    def _more_to_report(self) -> bool:
+        """Put reports on the link while it has room. Returns whether more could go at once."""
+        if self._link is None or self._link.queued_bytes >= _REPORT_ROOM:
+            return False
+        if self._wanted and not self._packing:
+            self._packing = True
+            self._worker.submit(self._pack_pages(list(self._wanted)[: wire.MAX_REPORT_FILES], self._wanted_at))
+        if self.agent.reporting:
+            self._events.append(agent.LinkReady())
+            return True
+        return False
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake_out.send(b"\0")
+
+    def _on_wake(self, _: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake_in.recv(4096)
+        for result in self._worker.results():
+            result()
+
+    def _on_job_failed(self, error: Exception) -> None:
+        self._packing = False
+        self.log.event("scan.failed", detail=f"{type(error).__name__}: {error}")
+
+    # ---------------------------------------------------------------------------------------------------- the broker
+
+    def _connect(self) -> None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(_CONNECT_TIMEOUT_S)
+        try:
+            sock.connect(os.fspath(self.config.broker_socket))
+        except OSError as error:
+            sock.close()
+            self._events.append(agent.LinkDown(f"{self.config.broker_socket}: {error.strerror or error}"))
+            return
+        self._link = StreamLink(
+            sock, incoming=BROKER_TO_AGENT, outgoing=AGENT_TO_BROKER, max_queue_bytes=_MAX_QUEUE, accept_fds=64
+        )
+        self._selector.register(self._link, selectors.EVENT_READ, self._on_link)
+        self._events.append(agent.LinkUp())
+
+    def _on_link(self, mask: int) -> None:
+        link = self._link
+        if link is None:
+            return
+        try:
+            if mask & selectors.EVENT_WRITE:
+                link.flush()
+            if mask & selectors.EVENT_READ:
+                for message, fd in link.receive():
+                    if isinstance(message, wire.Segment) and fd is not None:
+                        self._mapper.add_segment(message.segment, fd)
+                    elif isinstance(message, wire.Welcome):
+                        self._mapper.slots_per_segment = message.slots_per_segment
+                        self._events.append(agent.FromBroker(message))
+                    else:
+                        self._events.append(agent.FromBroker(message))
+                    # One at a time: a Segment belongs to the Granted behind it, a Retired to what came before.
+                    self._drain()
+                    if self._link is not link:
+                        return
+        except (LinkClosed, ProtocolError) as error:
+            self._lose_link(error.message)
+
+    def _send(self, message: wire.Message) -> None:
+        if self._link is None:
+            return
+        try:
+            self._link.send(message)
+        except QueueFull as error:
+            self._lose_link(error.message)
+
+    def _flush(self) -> None:
+        link = self._link
+        if link is None:
+            return
+        try:
+            link.flush()
+        except LinkClosed as error:
+            self._lose_link(error.message)
+            return
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.wants_write else 0)
+        if self._selector.get_key(link).events != events:
+            self._selector.modify(link, events, self._on_link)
+
+    def _lose_link(self, why: str) -> None:
+        if self._link is not None:
+            self._hang_up()
+            self._events.append(agent.LinkDown(why))
+
+    def _hang_up(self) -> None:
+        assert self._link is not None
+        self._selector.unregister(self._link)
+        self._link.close()
+        self._link = None
+        self._wanted.clear()
+        self._wanted_at = 0
+
+    # ------------------------------------------------------------------------------------------------------ actions
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case agent.Send():
+                self._send(action.message)
+            case agent.SendPages():
+                self._wanted.append(action)
+            case agent.SendData():
+                self._worker.submit(self._fetch(action))
+            case agent.Connect():
+                self._connect()
+            case agent.Hangup():
+                if self._link is not None:
+                    self._hang_up()
+            case agent.StartScan():
+                self._on_start_scan(action)
+            case agent.Rescan():
+                self._touched.append(action.path)
+            case agent.TakeLease():
+                self._take_lease(action)
+            case agent.ReleaseLease():
+                self._release_lease(action.key)
+            case agent.ShareWith():
+                try:
+                    self._hub.share(action)
+                except ProtocolError as error:
+                    self._lose_link(error.message)
+            case agent.UnshareWith():
+                self._hub.unshare(action)
+            case agent.CutOff():
+                self._hub.cut_off(action)
+            case agent.StayPlain():
+                self._hub.plain(action)
+            case agent.DropCache():
+                self._drop(action)
+            case agent.RenewCache():
+                self._worker.submit(self._renew(action))
+            case agent.ForgetSegments():
+                self._hub.segments_gone(self._mapper.forget(action.segments))
+            case agent.Log():
+                fields = dict(action.fields)
+                if "consumers" in fields:
+                    fields["consumers"] = [self._hub.describe(consumer) for consumer in action.fields["consumers"]]  # type: ignore[attr-defined]
+                self.log.event(action.event, **fields)
+
+    # ------------------------------------------------------------------------------------------------------- leases
+
+    def _take_lease(self, action: agent.TakeLease) -> None:
+        file = self._hub.files.get(action.key)
+        if file is None:
+            self._events.append(agent.LeaseRefused(action.key, "closed"))
+            return
+        try:
+            native.lease_take(file.fd)
+        except NativeError as error:
+            self._events.append(agent.LeaseRefused(action.key, error.message))
+            return
+        self._leases[file.fd] = action.key
+        info = os.fstat(file.fd)
+        identity = FileIdentity(info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+        self._events.append(agent.LeaseTaken(action.key, identity))
+
+    def _release_lease(self, key: FileKey) -> None:
+        file = self._hub.files.get(key)
+        if file is not None and self._leases.pop(file.fd, None) is not None:
+            native.lease_release(file.fd)
+
+    def _on_leases(self, _: int) -> None:
+        fds, overflow = native.lease_watch_read(self._lease_watch)
+        if overflow:
+            fds = [fd for fd in self._leases if not native.lease_held(fd)]
+        for fd in fds:
+            key = self._leases.get(fd)
+            if key is not None:
+                self._events.append(agent.LeaseBroken(key))
+
+    def _drop(self, action: agent.DropCache) -> None:
+        file = self._hub.files.get(action.key)
+        if file is None:
+            return
+        try:
+            fd = os.dup(file.fd)
+        except OSError:
+            return  # at the limit of descriptors: the next interval tries again
+        runs = array("I", action.runs)
+        covered = sum(runs[2::3])
+        # Dropping goes by whole folios: one call over the file gets more of it than many over its parts. What is not
+        # in the area is dropped along only where that is little.
+        whole = covered * 10 >= action.page_count * 9
+        ranges = [(0, 0)] if whole else list(zip(runs[0::3], runs[2::3], strict=True))
+
+        def job() -> Then | None:
+            try:
+                gone = 0
+                for first, count in ranges:
+                    before, after = native.drop_pages(fd, first, count)
+                    gone += max(0, before - after)
+            finally:
+                os.close(fd)
+            return (lambda: self._events.append(agent.Dropped(gone))) if gone else None
+
+        self._worker.submit(job)
+
+    # --------------------------------------------------------------------------------------------- scans and pages
+
+    def _on_start_scan(self, action: agent.StartScan) -> None:
+        config = self.config
+        settings = ScanSettings(
+            folders=tuple(os.fsencode(folder) for folder in config.folders),
+            root=os.fsencode(config.root),
+            min_file_bytes=action.min_file_bytes,
+            max_file_bytes=action.max_file_bytes,
+            exclude=config.exclude,
+            include_hints=action.include,
+            exclude_hints=action.exclude,
+            one_file_system=config.one_file_system,
+        )
+        if self._scanner_of == (action.epoch, settings):
+            return
+        self._scanner_of = (action.epoch, settings)
+        self._worker.submit(lambda: self._open_scanner(settings, action.epoch, action.key))
+        self._start_scan()
+
+    def _open_scanner(self, settings: ScanSettings, epoch: bytes, key: bytes) -> Then | None:
+        """On the worker: look with these settings from now on, and with a cache of this epoch."""
+        if self._cache is None or self._cache_epoch != epoch:
+            if self._cache is not None:
+                self._cache.close()
+            self._cache, self._cache_epoch = FingerprintCache.open(self.config.cache, epoch), epoch
+        self._scanner = Scanner(settings, key, self._cache, coarse_clock_ns)
+        notes = [note for note in (self._cache.notice, self._scanner.hints_ignored) if note]
+        return lambda: self._log_details("cache.noticed", notes)
+
+    def _close_cache(self) -> None:
+        """On the worker, which alone may touch the cache's database."""
+        if self._cache is not None:
+            self._cache.close()
+
+    def _start_scan(self) -> None:
+        for error in self._watch.check(time.monotonic()):
+            self.log.event("watch.limited", detail=error.message, hint=error.hint)
+        self._scanning = True
+        self._rescan_at = None
+        self._worker.work_through(self._full_scan())
+
+    def _full_scan(self) -> Steps:
+        """On the worker: one batch of a full scan per step."""
+        scanner = self._scanner
+        assert scanner is not None
+        begun = time.monotonic()
+        walk = scanner.walk()
+        yield from self._pass(walk)
+        elapsed_ns = int((time.monotonic() - begun) * 1e9)
+        counters = scanner.take_counters()
+        errors = self._cache.take_errors() if self._cache is not None else []
+        yield lambda: self._scan_finished(walk.seen, elapsed_ns, counters, [error.message for error in errors])
+
+    def _pass(self, looking: Pass) -> Steps:
+        for batch in looking:
+            yield partial(self._events.append, agent.Observed(batch)) if batch else None
+
+    def _scan_finished(self, seen: set[bytes], elapsed_ns: int, counters: Counters, errors: list[str]) -> None:
+        self._full_scans += 1
+        self._scanning = False
+        gone = vanished(self.agent.paths(), seen)
+        if gone:
+            self._events.append(agent.Vanished(tuple(gone)))
+        self._rescan_at = time.monotonic() + self.config.rescan_interval
+        self._log_details("cache.failed", errors)
+        # The first scan and those that found something to do: an idle agent writes no line a minute.
+        if self._full_scans == 1 or counters.pages_fingerprinted or counters.errors != self._scan_errors:
+            self._scan_errors = counters.errors
+            self.log.event(
+                "scan.finished",
+                files=len(seen),
+                duration_ns=elapsed_ns,
+                cache_hits=counters.cache_hits,
+                fingerprinted_pages=counters.pages_fingerprinted,
+                read_bytes=counters.bytes_read,
+                errors=counters.errors,
+            )
+
+    def _log_details(self, event: str, details: list[str]) -> None:
+        for detail in details:
+            self.log.event(event, detail=detail)
+
+    def _look_at_changes(self, now: float) -> None:
+        scanner = self._scanner
+        if scanner is None:
+            return
+        if self._rescan_at is not None and now >= self._rescan_at and not self._scanning:
+            self._start_scan()
+            return
+        changed = self._watch.drain(now)
+        if changed.rescan and self._rescan_at is not None:
+            self._rescan_at = now
+        files = [path for host in changed.files if (path := scanner.reported_path(host)) is not None]
+        folders = [path for host in changed.folders if (path := scanner.reported_path(host)) is not None]
+        files += self._touched
+        self._touched = []
+        if files or folders:
+            self._worker.work_through(self._look(files, folders))
+        if now >= self._due_at:
+            self._due_at = now + _DUE_S
+            self._worker.work_through(self._look_again())
+
+    def _look(self, files: list[bytes], folders: list[bytes]) -> Steps:
+        """On the worker: look at what changed."""
+        scanner = self._scanner
+        assert scanner is not None
+        look = scanner.look(files)
+        yield from self._pass(look)
+        if look.vanished:
+            yield partial(self._events.append, agent.Vanished(tuple(look.vanished)))
+        if folders:
+            walk = scanner.walk(folders)
+            yield from self._pass(walk)
+            if walk.complete:
+                yield lambda: self._folders_walked(folders, walk.seen)
+
+    def _look_again(self) -> Steps:
+        scanner = self._scanner
+        if scanner is not None:
+            due = scanner.due()
+            if due:
+                yield from self._look(due, [])
+
+    def _folders_walked(self, folders: list[bytes], seen: set[bytes]) -> None:
+        known = self.agent.paths()
+        gone = {path for folder in folders for path in vanished(known, seen, folder)}
+        if gone:
+            self._events.append(agent.Vanished(tuple(sorted(gone))))
+
+    def _fetch(self, action: agent.SendData) -> Job:
+        def job() -> Then:
+            asked = min(sum(array("I", action.runs)[1::2]), wire.MAX_FETCH_PAGES)
+            have, pages = bytes(asked), b""
+            if self._scanner is not None:
+                have, pages = self._scanner.read_for_fetch(action.path, action.key, action.identity, action.runs)
+            return lambda: self._send(wire.Data(action.request, have, pages))
+
+        return job
+
+    def _pack_pages(self, wanted: list[SendPages], start: int) -> Job:
+        """Pack the next message of page fingerprints: the rest of the first file and as many further ones as fit."""
+
+        def job() -> Then:
+            scanner = self._scanner
+            parts, fingerprints = array("I"), bytearray()
+            finished, at = 0, start
+            changed: list[bytes] = []
+            for want in wanted:
+                total = len(want.pages) // 4 if want.pages is not None else -(-want.identity.size // wire.PAGE_SIZE)
+                room = wire.MAX_REPORT_PAGES - len(fingerprints) // wire.FINGERPRINT_SIZE
+                count = min(room, total - at)
+                if not count:
+                    break
+                column = None
+                if scanner is not None:
+                    column = scanner.pages_for(want.key, want.identity, want.pages, want.root, at, count, want.path)
+                if column is None:
+                    changed.append(want.path)
+                else:
+                    for first, length in _runs(want.pages, at, count):
+                        parts.extend((want.file, first, length))
+                    fingerprints += column
+                    at += count
+                    if at < total:
+                        break
+                finished, at = finished + 1, 0
+            return lambda: self._packed(
+                wire.Pages(parts.tobytes(), bytes(fingerprints)), wanted[0], finished, at, changed
+            )
+
+        return job
+
+    def _packed(self, pages: wire.Pages, begun_with: SendPages, finished: int, at: int, changed: list[bytes]) -> None:
+        self._packing = False
+        self._touched += changed
+        if not self._wanted or self._wanted[0] is not begun_with:
+            return  # the link was lost meanwhile
+        for _ in range(finished):
+            self._wanted.popleft()
+        self._wanted_at = at
+        if pages.parts:
+            self._send(pages)
+
+    def _renew(self, action: agent.RenewCache) -> Job:
+        def job() -> None:
+            if self._cache is not None:
+                self._cache.renew(action.key, action.old, action.new)
+
+        return job
+
+    # ------------------------------------------------------------------------------------------------- looking in
+
+    def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        match question.get("verb"):
+            case "status":
+                status = self.agent.status()
+                status |= {
+                    "private_bytes": _private_bytes(),
+                    "uptime_ms": int((time.monotonic() - self._started) * 1000),
+                    "pid": os.getpid(),
+                    "cpu_ns": time.process_time_ns(),
+                    "scans": self._full_scans,
+                    "scanning": self._scanning,
+                    "reporting": self.agent.reporting or bool(self._wanted),
+                    "leases": len(self._leases),
+                }
+                return status
+            case "detach":
+                path = question.get("path")
+                if path is not None and not isinstance(path, str):
+                    raise UsageError("detach: `path` is a text, or null for all files")
+                return {"files": self._detach(path)}
+            case "reattach":
+                self._events.append(agent.Reattach())
+                self.log.event("files.reattached")
+                return {}
+            case "drop":
+                self._events.append(agent.DropNow())
+                return {}
+            case verb:
+                raise UsageError(f"no such question: {verb!r}", "status, detach, reattach or drop")
+
+    def _detach(self, path: str | None) -> int:
+        reported = None
+        if path is not None:
+            root = os.fspath(self.config.root).rstrip("/")
+            if root and not path.startswith(root + "/"):
+                raise UsageError(f"{path} is not inside {self.config.root}", "give the path as this system sees it")
+            reported = os.fsencode(path[len(root) :])
+            if not self.agent.knows(reported):
+                raise UsageError(f"{path} is not a file that this agent reports", "see `sharearea-agent status`")
+        files = 1 if path is not None else int(self.agent.status()["attached_files"])  # type: ignore[call-overload]
+        self._events.append(agent.Detach(reported))
+        self.log.event("files.detached", files=files, all=path is None)
+        return files
+
+
+def _runs(pages: bytes | None, start: int, count: int) -> list[Run]:
+    """Return (first page, count) runs of the reported pages at positions [start, start + count)."""
+    return [(start, count)] if pages is None else runs_of(pages[start * 4 : (start + count) * 4])
+
+
+def _private_bytes() -> int:
+    """Return this process's private memory, as the kernel counts it."""
+    total = 0
+    try:
+        for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+            if line.startswith(("Private_Clean:", "Private_Dirty:")):
+                total += int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        return 0
+    return total
+
+
+def _raise_descriptor_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o755)
+    except OSError as error:
+        raise HostError(f"cannot create {path}: {error.strerror}", "create it, or configure another path") from None
