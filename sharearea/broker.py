@@ -90,6 +90,7 @@ class Broker:
         self._areas: dict[PoolId, LocalArea] = {}
         self._stopping = False
         self._accept_at: float | None = None
+        self._tick_at = 0.0
         self._started = time.monotonic()
         self._statistics_at = self._started + config.status_interval
         self._listener: LocalListener | None = None
@@ -306,7 +307,9 @@ class Broker:
         for connection in list(self._connections.values()):
             if connection.leaving_at is not None and now >= connection.leaving_at:
                 self._drop(connection)
-        self._feed(Tick())
+        if now >= self._tick_at or self.engine.busy:
+            self._tick_at = now + _TICK_S
+            self._feed(Tick())
         if now >= self._statistics_at:
             self._statistics_at = now + self.config.status_interval
             for snapshot in self._pool_snapshots():

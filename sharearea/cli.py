@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .broker import Broker
@@ -124,7 +125,7 @@ def _status(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(status)
         return 0
-    console = Console()
+    console = _console()
     switch = "on" if status["enabled"] else "OFF (enabled = false in the configuration)"
     console.print(
         f"broker pid {status['pid']}, up {status['uptime_ms'] / 1000:.0f} s, {status['cpu_ns'] / 1e9:.2f} s of CPU; "
@@ -143,7 +144,7 @@ def _pools(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(answer["pools"])
     else:
-        _print_pools(Console(), answer["pools"])
+        _print_pools(_console(), answer["pools"])
     return 0
 
 
@@ -156,13 +157,13 @@ def _print_pools(console: Console, pools: list[dict[str, Any]]) -> None:
                 pool["pool"],
                 str(pool["domains"]),
                 str(pool["files"]),
-                mib(pool["known_pages"] * 4096),
-                mib(pool["pages_published"] * 4096),
-                mib(pool["pages_shared"] * 4096),
-                mib(pool["pages_sharing"] * 4096),
-                mib(pool["dropped_pages_total"] * 4096),
-                mib(pool["area_bytes"]),
-                mib(pool["overhead_bytes"]),
+                _pages(pool["known_pages"]),
+                _pages(pool["pages_published"]),
+                _pages(pool["pages_shared"]),
+                _pages(pool["pages_sharing"]),
+                _pages(pool["dropped_pages_total"]),
+                _mib(pool["area_bytes"]),
+                _mib(pool["overhead_bytes"]),
                 pool["paused"] or "serving",
             )
             for pool in pools
@@ -177,7 +178,7 @@ def _domains(options: argparse.Namespace) -> int:
         _print_json(answer["domains"])
         return 0
     _print_table(
-        Console(),
+        _console(),
         (
             "domain",
             "pool",
@@ -196,11 +197,11 @@ def _domains(options: argparse.Namespace) -> int:
                 domain["pool"],
                 domain["state"],
                 str(domain.get("files", "")),
-                mib(domain.get("file_bytes", 0)),
+                _mib(domain.get("file_bytes", 0)),
                 str(domain.get("owned_files", "")),
-                mib(domain.get("owned_pages", 0) * 4096),
-                mib(domain.get("dropped_pages_total", 0) * 4096),
-                mib(domain.get("agent_private_bytes", 0)),
+                _pages(domain.get("owned_pages", 0)),
+                _pages(domain.get("dropped_pages_total", 0)),
+                _mib(domain.get("agent_private_bytes", 0)),
                 " ".join(f"{code}: {n['files']}" for code, n in domain.get("ignored", {}).items()),
             )
             for domain in answer["domains"]
@@ -221,7 +222,7 @@ def _files(options: argparse.Namespace) -> int:
         _print_json(files)
         return 0
     _print_table(
-        Console(),
+        _console(),
         ("domain", "pages", "in area", "mapped", "holders", "path"),
         (
             (
@@ -239,9 +240,17 @@ def _files(options: argparse.Namespace) -> int:
     return 0
 
 
-def mib(size: int) -> str:
-    """Return a size for a table, in MiB."""
-    return f"{size / (1 << 20):.1f} MiB"
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.1f}M"
+
+
+def _pages(pages: int) -> str:
+    return _mib(pages * 4096)
+
+
+def _console() -> Console:
+    """Return a console; what is not a terminal has lines as long as they get."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 4096)
 
 
 def _print_table(console: Console, columns: Sequence[str], rows: Any, nothing: str) -> None:
@@ -252,11 +261,13 @@ def _print_table(console: Console, columns: Sequence[str], rows: Any, nothing: s
     empty = True
     for row in rows:
         empty = False
-        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+        table.add_row(*(escape(cell) for cell in row))
     if empty:
         console.print(nothing)
     else:
         console.print(table)
+        if "size" in columns or "area" in columns:
+            console.print("sizes in MiB; mapped, mappings: pages of the area; dropped: left the page cache, in all")
 
 
 def _print_json(value: object) -> None:

@@ -68,6 +68,7 @@ class Settings:
     grace: float = 30.0  # how long grants of a vanished agent are kept
     answer_timeout: float = 20.0  # a fetch, an announced report or a greeting may take as long
     ping_interval: float = 15.0
+    tally_interval: float = 1.0  # one line per kind of event and domain in as long
     retry: float = 30.0  # pause after the area, the store or the host was full
     strikes: int = 3
     penalty: float = 300.0  # a domain that struck out is refused for as long
@@ -154,6 +155,7 @@ class _Pool:
     settle_at: float | None = None
     offers: deque[Content] = field(default_factory=deque)  # contents whose offer may have grown
     offers_at: int = 0  # index.changed when that sweep began
+    offers_due: float = 0.0  # when the next one begins even if something is being published
     remarks: dict[DomainId, deque[Content]] = field(default_factory=dict)
     retry: dict[Content, float] = field(default_factory=dict)
     emptying: set[int] = field(default_factory=set)
@@ -162,7 +164,8 @@ class _Pool:
     published_total: int = 0
     mismatched_total: int = 0
     granted_total: int = 0
-    tally: dict[tuple[str, DomainId], dict[str, int]] = field(default_factory=dict)  # logged at the next tick
+    tally: dict[tuple[str, DomainId], dict[str, int]] = field(default_factory=dict)
+    tally_at: float = 0.0  # when it is logged
 
     @property
     def quiet(self) -> bool:
@@ -195,10 +198,13 @@ class _Granting:
 
 @dataclass(frozen=True, slots=True)
 class _Saving:
+    """A commit: changes that have happened already, and what waits for it besides."""
+
     changes: tuple[Change, ...]
+    then: _Publishing | _Granting | None = None
 
 
-_Waiting = _Filling | _Publishing | _Granting | _Saving
+_Waiting = _Filling | _Saving
 
 
 class Engine:
@@ -226,6 +232,7 @@ class Engine:
         self._actions: list[Action] = []
         self._offers: dict[PeerId, dict[FileId, int]] = {}
         self._unsaved: list[Change] = []
+        self._committing = False
         self._save_at = 0.0
 
     def _make_pool(self, name: PoolId, setup: PoolSetup) -> _Pool:
@@ -243,7 +250,7 @@ class Engine:
             if record is None:
                 self._unsaved.append(PoolOpened(pool.name, pool.setup.area, pool.setup.slots_per_segment))
                 continue
-            pool.index.restore(record)
+            self._save(pool.index.restore(record))
             pool.settle_at = now + self.settings.grace
             for domain, _ in record.owners:
                 pool.absent[domain] = now + self.settings.grace
@@ -295,10 +302,8 @@ class Engine:
         self._offers.clear()
         for pool in self._pools.values():
             self._pump(pool)
-        if self._unsaved and self._now >= self._save_at:
-            changes = tuple(self._unsaved)
-            self._unsaved.clear()
-            self._act(Commit(self._wait(_Saving(changes)), changes))
+        if self._unsaved and self._now >= self._save_at and not self._committing:
+            self._commit()
         actions, self._actions = self._actions, []
         return actions
 
@@ -313,7 +318,7 @@ class Engine:
 
     @staticmethod
     def _tally(pool: _Pool, event: str, domain: DomainId, **counts: int) -> None:
-        """Count what would be too many lines; a tick logs the sums."""
+        """Count what would be too many lines; the sums are logged in intervals."""
         sums = pool.tally.setdefault((event, domain), {})
         for name, count in counts.items():
             sums[name] = sums.get(name, 0) + count
@@ -322,6 +327,13 @@ class Engine:
         self._token += 1
         self._waiting[self._token] = waiting
         return self._token
+
+    def _commit(self, changes: tuple[Change, ...] = (), then: _Publishing | _Granting | None = None) -> None:
+        """Write changes, and before them everything that was not saved: the store takes things in their order."""
+        saved = tuple(self._unsaved)
+        self._unsaved.clear()
+        self._committing = True
+        self._act(Commit(self._wait(_Saving(saved, then)), saved + changes))
 
     # ------------------------------------------------------------------------------------------------------ peers
 
@@ -411,7 +423,7 @@ class Engine:
             ),
         )
         self._reconcile(peer, pool, array("I", hello.held))
-        self._log("domain.joined", domain=domain, pool=pool.name, rule=admission.rule, uid=peer.identity.uid)
+        self._log("domain.joined", domain=domain, pool=pool.name, rule=admission.rule.source, uid=peer.identity.uid)
 
     def _reconcile(self, peer: _Peer, pool: _Pool, held: Iterable[FileId]) -> None:
         """Make the owners in the index and the grants that the agent says it uses the same (I6)."""
@@ -420,6 +432,11 @@ class Engine:
         same = {f for f in mine if pool.index.owners[peer.domain, f].instance == peer.instance} & keep
         self._save(pool.index.release(peer.domain, [f for f in mine if f not in same]))
         self._withdraw(peer, sorted(keep - same), WithdrawReason.UNKNOWN_GRANT)
+        # It was not there when the others were told.
+        for segment in sorted(pool.emptying):
+            files = pool.index.owners_in(segment).get(peer.domain)
+            if files:
+                self._withdraw(peer, files, WithdrawReason.MOVING)
 
     def _refuse(self, peer: _Peer, reason: str, text: str, domain: str, retry: float = 0.0) -> None:
         self._send(peer.id, wire.Refused(reason, text[:1024], int(retry * 1000)))
@@ -510,6 +527,11 @@ class Engine:
             return Verdict.QUOTA_BYTES
         return None
 
+    @staticmethod
+    def _fits(peer: _Peer, pool: _Pool, report: _Report) -> bool:
+        """Return whether a file is still within the quota: what waited was not counted when it was announced."""
+        return pool.index.domains[peer.domain].size_bytes + report.size <= pool.rules.max_bytes
+
     def _ignore(
         self, peer: _Peer, answered: list[tuple[FileId, Verdict]], file: FileId, size: int, verdict: Verdict
     ) -> None:
@@ -597,13 +619,16 @@ class Engine:
             self._strike(peer, pool, Verdict.ROOT_MISMATCH.code, f"file {file}: its pages do not have its root")
             return
         content = pool.index.find(report.root) if report.root is not None else None
-        try:
-            if content is None:
+        refused = None if self._fits(peer, pool, report) else Verdict.QUOTA_BYTES
+        if content is None and refused is None:
+            try:
                 pages = None if report.root is not None else report.pages.tobytes()
                 content = pool.index.add(report.root, report.size, pages, fingerprints)
-        except TableFull:
+            except TableFull:
+                refused = Verdict.TABLE_FULL
+        if content is None or refused is not None:
             answered: list[tuple[FileId, Verdict]] = []
-            self._ignore(peer, answered, file, report.size, Verdict.TABLE_FULL)
+            self._ignore(peer, answered, file, report.size, refused or Verdict.TABLE_FULL)
             self._answer(peer, answered)
             self._not_coming(pool, report)
             return
@@ -628,6 +653,11 @@ class Engine:
                 continue
             if report.size != content.size:  # a root covers the size: one of the two is not what the domain has
                 self._answer(waiter, [(file, Verdict.ROOT_MISMATCH)])
+                continue
+            if not self._fits(waiter, pool, report):
+                answered: list[tuple[FileId, Verdict]] = []
+                self._ignore(waiter, answered, file, report.size, Verdict.QUOTA_BYTES)
+                self._answer(waiter, answered)
                 continue
             pool.index.claim(waiter.domain, file, report.path, content)
             self._answer(waiter, [(file, Verdict.KNOWN)])
@@ -655,7 +685,9 @@ class Engine:
         for file in list(islice(peer.deferred, wire.MAX_REPORT_FILES)):
             report = peer.deferred.pop(file)
             content = pool.index.find(report.root) if report.root is not None else None
-            if content is not None and content.size == report.size:
+            if not self._fits(peer, pool, report):
+                self._ignore(peer, answered, file, report.size, Verdict.QUOTA_BYTES)
+            elif content is not None and content.size == report.size:
                 pool.index.claim(peer.domain, file, report.path, content)
                 answered.append((file, Verdict.KNOWN))
                 claimed.append(content)
@@ -674,9 +706,10 @@ class Engine:
             report = self._forget_report(peer, file)
             if report is not None:
                 self._not_coming(pool, report)
-        self._save(pool.index.drop(peer.domain, files))
-        held = pool.index.domains[peer.domain].files.values()
-        pool.remarks[peer.domain] = deque({entry.content: None for entry in held})
+        held = pool.index.domains[peer.domain].files
+        if any(file in held for file in files):
+            self._save(pool.index.drop(peer.domain, files))
+            pool.remarks[peer.domain] = deque({entry.content: None for entry in held.values()})
         self._expect_deferred(peer, pool)
 
     # ------------------------------------------------------------------------------------------------- publishing
@@ -697,7 +730,7 @@ class Engine:
     def _pump(self, pool: _Pool) -> None:
         """Ask holders for bytes, as far as they have room for another fetch."""
         for _ in range(min(len(pool.queue), 64)):
-            if not any(len(peer.fetches) < self.settings.fetches_per_peer for peer in pool.peers.values()):
+            if pool.peers and all(len(p.fetches) >= self.settings.fetches_per_peer for p in pool.peers.values()):
                 return
             job = pool.queue.popleft()
             candidates = [d for d in job.content.holders if d in pool.peers and d not in job.tried]
@@ -756,13 +789,14 @@ class Engine:
             for i, ok in enumerate(event.ok):
                 if ok != 1:
                     want[i * _FP : i * _FP + _FP] = bytes(_FP)
-        changes = [pool.index.opened(*segment) for segment in event.opened]
-        if bad == count:
-            self._save(changes)
-            self._abandon(filling)
+        self._save([pool.index.opened(*segment) for segment in event.opened])
+        if bad < count:
+            self._commit((pool.index.filled(filling.first, bytes(want)),), _Publishing(filling, event.ok))
+        elif filling.job is not None:
+            pool.index.retract(filling.first, count)
+            self._requeue(pool, filling.job, filling.domain)
         else:
-            changes.append(pool.index.filled(filling.first, bytes(want)))
-            self._act(Commit(self._wait(_Publishing(filling, event.ok)), tuple(changes)))
+            self._abandon(filling)
         peer = pool.peers.get(filling.domain)
         if bad:
             pool.mismatched_total += bad
@@ -775,6 +809,7 @@ class Engine:
         if filling.job is not None:
             self._give_up(filling.pool, filling.job)
         else:
+            self._save(filling.pool.index.let_go(filling.ids))
             filling.pool.moving = None
 
     def _on_fill_failed(self, event: FillFailed) -> None:
@@ -796,36 +831,33 @@ class Engine:
 
     def _on_committed(self, token: int) -> None:
         waiting = self._waiting.pop(token, None)
-        match waiting:
+        if not isinstance(waiting, _Saving):
+            return
+        self._committing = False
+        match waiting.then:
             case _Publishing():
-                self._publish(waiting.filling, waiting.ok)
+                self._publish(waiting.then.filling, waiting.then.ok)
             case _Granting():
-                self._grant(waiting)
-            case _:
-                pass
+                self._grant(waiting.then)
 
     def _on_commit_failed(self, event: CommitFailed) -> None:
         waiting = self._waiting.pop(event.token, None)
-        match waiting:
+        if not isinstance(waiting, _Saving):
+            return
+        self._committing = False
+        self._unsaved[:0] = waiting.changes
+        self._save_at = self._now + self.settings.retry
+        match waiting.then:
             case _Publishing():
-                self._pause(waiting.filling.pool, "store-full", event.why)
-                self._unsave_segments(waiting.filling.pool)
-                self._abandon(waiting.filling)
+                self._pause(waiting.then.filling.pool, "store-full", event.why)
+                self._abandon(waiting.then.filling)
             case _Granting():
-                self._log("store.failed", detail=event.why, changes=len(waiting.owners))
-                peer = self._peers.get(waiting.peer)
+                self._log("store.failed", detail=event.why, changes=len(waiting.then.owners))
+                peer = self._peers.get(waiting.then.peer)
                 if peer is not None:
-                    self._deny(peer, [(owner.file, Verdict.STORE_FULL) for owner in waiting.owners])
-            case _Saving():
+                    self._deny(peer, [(owner.file, Verdict.STORE_FULL) for owner in waiting.then.owners])
+            case None:
                 self._log("store.failed", detail=event.why, changes=len(waiting.changes))
-                self._unsaved[:0] = waiting.changes
-                self._save_at = self._now + self.settings.retry
-            case _:
-                pass
-
-    def _unsave_segments(self, pool: _Pool) -> None:
-        """A commit that would have recorded new segments failed: record all open segments again with the next one."""
-        self._save([pool.index.opened(number, *place) for number, place in pool.index.segments.items()])
 
     def _publish(self, filling: _Filling, ok: bytes) -> None:
         pool, index = filling.pool, filling.pool.index
@@ -837,7 +869,9 @@ class Engine:
             return
         self._save(index.publish(good_ids, good_slots))
         if bad_ids:
-            index.table.unwant(bad_ids)
+            _, positions = _split(filling.job.positions, ok)
+            filling.job.content.publishing += 1
+            self._requeue(pool, _Job(filling.job.content, positions, filling.job.tried), filling.domain)
         pool.published_total += len(good_ids) // 4
         self._tally(pool, "pages.published", filling.domain, pages=len(good_ids) // 4)
         self._published(pool, filling.job.content)
@@ -849,7 +883,7 @@ class Engine:
 
     def _offer(self, pool: _Pool, content: Content, only: _Peer | None = None) -> None:
         """Tell the holders of a content how many of its pages are in the area, unless more are on their way."""
-        if content.publishing:
+        if content.publishing or not content.holders:
             return
         available = pool.index.count_available(content)
         if not available:
@@ -883,7 +917,7 @@ class Engine:
         self._deny(peer, denied)
         if owners:
             granting = _Granting(peer.id, pool, tuple(owners.values()))
-            self._act(Commit(self._wait(granting), granting.owners))
+            self._commit(granting.owners, granting)
 
     def _deny(self, peer: _Peer, denied: list[tuple[FileId, Verdict]]) -> None:
         if denied:
@@ -927,9 +961,11 @@ class Engine:
             self._sweep_retries(pool)
             self._sweep_offers(pool)
             self._sweep_segments(pool)
-            for (event, domain), counts in pool.tally.items():
-                self._log(event, pool=pool.name, domain=domain, **counts)
-            pool.tally.clear()
+            if self._now >= pool.tally_at:
+                pool.tally_at = self._now + self.settings.tally_interval
+                for (event, domain), counts in pool.tally.items():
+                    self._log(event, pool=pool.name, domain=domain, **counts)
+                pool.tally.clear()
 
     def _check_peer(self, peer: _Peer) -> None:
         timeout = self.settings.answer_timeout
@@ -954,7 +990,7 @@ class Engine:
             if report is not None:
                 self._answer(peer, [(file, Verdict.NOT_REPORTED)])
                 self._not_coming(peer.pool, report)
-        if late:
+        if late or peer.deferred:
             self._expect_deferred(peer, peer.pool)
 
     def _check_absent(self, pool: _Pool) -> None:
@@ -991,9 +1027,10 @@ class Engine:
     def _sweep_offers(self, pool: _Pool) -> None:
         """Offer what other contents' publications brought: pages are shared by contents that do not know each other."""
         if not pool.offers:
-            if pool.offers_at == pool.index.changed or not pool.quiet:
+            # A domain that is never done with its fetches must not keep the others from theirs.
+            if pool.offers_at == pool.index.changed or not (pool.quiet or self._now >= pool.offers_due):
                 return
-            pool.offers_at = pool.index.changed
+            pool.offers_at, pool.offers_due = pool.index.changed, self._now + self.settings.answer_timeout
             pool.offers.extend(pool.index.all_contents())
         for _ in range(min(_SWEEP, len(pool.offers))):
             content = pool.offers.popleft()
@@ -1010,7 +1047,8 @@ class Engine:
         if not pool.quiet or self._now < pool.paused_until:
             return
         for segment in sorted(index.segments):
-            if segment >= index.current_segment():
+            # The newest one stays, for a restarted broker goes on counting slots behind the segments that it finds.
+            if segment >= index.current_segment() or segment == max(index.segments):
                 break
             slots, ids, mapped = index.live(segment)
             if not slots and not mapped:
@@ -1030,18 +1068,15 @@ class Engine:
     def _move(self, pool: _Pool, segment: int, slots: bytes, ids: bytes) -> None:
         pool.moving = segment
         slots, ids = slots[: wire.MAX_FETCH_PAGES * 4], ids[: wire.MAX_FETCH_PAGES * 4]
-        want = pool.index.table.fps(ids)
+        want = pool.index.hold(ids)
         first = pool.index.allocate(len(ids) // 4)
         filling = _Filling(pool, None, ids, first, want, "")
         self._act(Move(self._wait(filling), pool.name, slots, first, want))
 
     def _finish_move(self, filling: _Filling, ids: bytes, slots: bytes) -> None:
         pool = filling.pool
-        current = array("I", pool.index.table.slots(ids))
-        still = bytes(1 if slot != NO_SLOT else 0 for slot in current)
-        ids, _ = _split(ids, still)
-        slots, _ = _split(slots, still)
         self._save(pool.index.publish(ids, slots))
+        self._save(pool.index.let_go(filling.ids))
         self._log("segment.moved", pool=pool.name, segment=pool.moving, pages=len(ids) // 4)
         pool.moving = None
 

@@ -100,7 +100,7 @@ class PoolIndex:
         self.table = table
         self.slots_per_segment = slots_per_segment
         self.contents: dict[bytes, Content] = {}
-        self.partial: set[Content] = set()
+        self.partial: dict[Content, None] = {}  # in the order in which they came, so that a run can be repeated
         self.domains: dict[DomainId, Holdings] = {}
         self.owners: dict[tuple[DomainId, FileId], Owner] = {}
         self.segments: dict[int, tuple[int, int]] = {}
@@ -135,7 +135,7 @@ class PoolIndex:
         """Take up a content. Raises TableFull, with nothing taken. The caller claims it at once."""
         content = Content(root, size, self.table.intern(fingerprints), pages)
         if root is None:
-            self.partial.add(content)
+            self.partial[content] = None
         else:
             self.contents[root] = content
         return content
@@ -175,7 +175,7 @@ class PoolIndex:
             self.table.unmark(content.ids, holdings.number)
             if not content.holders:
                 if content.root is None:
-                    self.partial.discard(content)
+                    del self.partial[content]
                 else:
                     del self.contents[content.root]
                 freed += self.table.unref(content.ids)
@@ -228,6 +228,16 @@ class PoolIndex:
         """Put pages into slots whose bytes are checked and whose record is in the store."""
         self.changed += 1
         return self._freed(self.table.publish(ids, slots))
+
+    def hold(self, ids: bytes) -> bytes:
+        """Keep pages known until `let_go`, whoever drops them meanwhile; return their fingerprints."""
+        fingerprints = self.table.fps(ids)
+        self.table.intern(fingerprints)
+        return fingerprints
+
+    def let_go(self, ids: bytes) -> list[Change]:
+        """End what `hold` began."""
+        return self._freed(self.table.unref(ids))
 
     def opened(self, segment: int, dev: int, ino: int) -> Change:
         """Record a segment."""
@@ -297,26 +307,31 @@ class PoolIndex:
 
     # ------------------------------------------------------------------------------------------------------- restart
 
-    def restore(self, record: PoolRecord) -> None:
+    def restore(self, record: PoolRecord) -> list[Change]:
         """Start from what the store had, with every segment adopted. New slots come from a new segment.
 
         Restored pages are kept by a reference of their own until `settle`, so that they outlive the time in which the
-        agents report again.
+        agents report again. A page that a crash left in two slots stays in the later one.
         """
         self.segments.update(record.segments)
-        kept = bytearray()
+        kept, left = bytearray(), bytearray()
         for first, fingerprints in sorted(record.slots.items()):
             for start, count in _used_stretches(fingerprints):
                 ids = self.table.intern(fingerprints[start * 32 : (start + count) * 32])
-                self.table.publish(ids, array("I", range(first + start, first + start + count)).tobytes())
+                left += self.table.publish(ids, array("I", range(first + start, first + start + count)).tobytes())
                 kept += ids
+        mapped: set[SlotNumber] = set()
         for key, owner in record.owners.items():
             self.table.map(owner.runs)
             self.owners[key] = Owner(owner.instance, owner.runs)
+            if left:
+                runs = array("I", owner.runs)
+                mapped.update(slot for at in range(1, len(runs), 3) for slot in range(runs[at], runs[at] + runs[at + 1]))
         if record.segments:
             self.next_slot = (max(record.segments) + 1) * self.slots_per_segment
         self._restored = bytes(kept)
         self.changed += 1
+        return self._freed(array("I", [slot for slot in array("I", bytes(left)) if slot not in mapped]).tobytes())
 
     def settle(self) -> list[Change]:
         """Let go of restored pages that nobody reported again."""

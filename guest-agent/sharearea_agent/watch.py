@@ -15,6 +15,7 @@ import inspect
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -122,10 +123,12 @@ class FolderWatch:
     def start(self) -> list[HostError]:
         """Begin to watch; return what is not watched, and why. The periodic full scan covers that."""
         errors: list[HostError] = []
+        # Version 7 says so when a folder that was made a moment ago is met twice. It is, with mkdir -p, and harmless.
+        warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning)
         before = set(threading.enumerate())
         try:
             observer: Any = InotifyObserver()
-            self._hear_of_overflow(observer)
+            self._hear_of_losses(observer)
             observer.start()
         except OSError as error:
             self._retry_at = self._clock() + RESTART_SECONDS
@@ -181,7 +184,7 @@ class FolderWatch:
                 return None
         raise AssertionError("unreachable")
 
-    def _hear_of_overflow(self, observer: Any) -> None:
+    def _hear_of_losses(self, observer: Any) -> None:
         """Have lost events told: version 7 throws away what is under way then, so counting alone would not show it."""
         reader: Any = getattr(observer, "_inotify_fd", None)
         handle = getattr(reader, "handle_event", None)
@@ -191,7 +194,11 @@ class FolderWatch:
         def handle_and_tell(event: Any) -> None:
             if getattr(event, "is_queue_overflow", False):
                 self._ask_rescan()
-            handle(event)
+            try:
+                handle(event)
+            except Exception:
+                # A race with the folders that it keeps book of. It costs this event, and must not cost the thread.
+                self._ask_rescan()
 
         reader.handle_event = handle_and_tell
 

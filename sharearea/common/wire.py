@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Final, cast
 
 import msgpack
 
@@ -38,7 +38,8 @@ MAX_GLOBS = 256
 
 NO_ROOT = bytes(FINGERPRINT_SIZE)
 
-_HEADER = 4
+_HEADER: Final = 4
+_UTF8: Final = 4  # bytes that one character may take
 
 
 # ---------------------------------------------------------------------------------------------- kinds of fields
@@ -46,10 +47,14 @@ _HEADER = 4
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What one field may hold: `check` returns the value or raises ProtocolError; `text` says it in docs."""
+    """What one field may hold: `check` returns the value or raises ProtocolError; `text` says it in docs.
+
+    `items` is how many entries an array may have; 0: the field is no array.
+    """
 
     text: str
     check: Callable[[str, object], object]
+    items: int = 0
 
 
 def _fail(name: str, what: str) -> ProtocolError:
@@ -89,7 +94,8 @@ def texts(count: int, maximum: int) -> Any:
                 raise _fail(name, f"holds something else than a text of at most {maximum} characters")
         return tuple(value)
 
-    return dataclasses.field(metadata={"kind": Kind(f"up to {count} texts of at most {maximum} characters", check)})
+    kind = Kind(f"array of up to {count} texts of at most {maximum} characters", check, count)
+    return dataclasses.field(metadata={"kind": kind})
 
 
 def exact(size: int) -> Any:
@@ -125,7 +131,9 @@ def blobs(count: int, maximum: int) -> Any:
                 raise _fail(name, f"holds something else than 1 to {maximum} bytes")
         return tuple(value)
 
-    return dataclasses.field(metadata={"kind": Kind(f"up to {count} bins of 1 to {maximum} bytes", check)})
+    return dataclasses.field(
+        metadata={"kind": Kind(f"array of up to {count} bins of 1 to {maximum} bytes", check, count)}
+    )
 
 
 class Message:
@@ -137,9 +145,6 @@ class Message:
 
     def check(self) -> None:
         """Raise ProtocolError where fields do not fit one another. The fields by themselves have been checked."""
-
-
-M = TypeVar("M", bound=Message)
 
 
 def _same_length(name: str, **columns: tuple[int, int]) -> None:
@@ -280,7 +285,7 @@ class Welcome(Message):
 
 @dataclass(frozen=True, slots=True)
 class Refused(Message):
-    """The domain may not share, or has to go. `reason`: a stable code; `text` names the rule; `retry_ms` 0: do not."""
+    """The domain may not share, or has to go. `reason`: a stable code; `text` names the rule; `retry_ms` 0: waiting will not help."""
 
     TYPE: ClassVar[int] = 66
     reason: str = text(64)
@@ -388,6 +393,10 @@ class Codec:
         self.max_frame = max_frame
         self.messages = messages
         self._by_type = {message.TYPE: (message, _kinds(message)) for message in messages}
+        if len(self._by_type) != len(messages):
+            raise ValueError(f"two messages of {name} have the same type")
+        # Also the message itself is an array.
+        self._max_array = max(16, *(kind.items for _, kinds in self._by_type.values() for _, kind in kinds))
 
     def encode(self, message: Message) -> bytes:
         """Return the whole frame of a message of ours. A message out of bounds is our own fault: ValueError."""
@@ -395,9 +404,14 @@ class Codec:
         if entry is None or entry[0] is not type(message):
             raise ValueError(f"{type(message).__name__} does not travel on {self.name}")
         values: list[object] = [message.TYPE]
-        for name, _ in entry[1]:
-            value = getattr(message, name)
-            values.append(list(value) if type(value) is tuple else value)
+        try:
+            for name, kind in entry[1]:
+                value = getattr(message, name)
+                values.append(list(value) if type(value) is tuple else value)
+                kind.check(name, values[-1])
+            message.check()
+        except ProtocolError as error:
+            raise ValueError(f"{type(message).__name__}: {error.message}") from None
         payload = cast(bytes, msgpack.packb(values, use_bin_type=True))
         if len(payload) > self.max_frame:
             raise ValueError(f"{type(message).__name__} of {len(payload)} bytes is over the frame limit")
@@ -405,34 +419,82 @@ class Codec:
 
     def decode(self, payload: bytes | memoryview) -> Message:
         """Return the message in one frame's payload, all bounds checked. Raises ProtocolError."""
-        if len(payload) > self.max_frame:
-            raise ProtocolError(f"a frame of {len(payload)} bytes is over the limit of {self.max_frame}")
+        if not 0 < len(payload) <= self.max_frame:
+            raise ProtocolError(f"a frame of {len(payload)} bytes; 1 to {self.max_frame} are allowed")
         try:
-            values = msgpack.unpackb(
-                payload,
-                raw=False,
-                strict_map_key=True,
-                use_list=True,
-                max_str_len=MAX_PATH,
-                max_bin_len=self.max_frame,
-                max_array_len=MAX_IDS,
-                max_map_len=0,
-                max_ext_len=0,
-            )
+            return self._read(payload)
+        except ProtocolError:
+            raise
         except Exception as error:  # msgpack raises ValueError, its own classes, and UnicodeDecodeError
             raise ProtocolError(f"not msgpack within bounds: {type(error).__name__}") from None
-        if type(values) is not list or not values or type(values[0]) is not int:
+
+    def _read(self, payload: bytes | memoryview) -> Message:
+        # Value by value, and no value may hold others: a megabyte of nested arrays would become a hundred of lists.
+        reader = msgpack.Unpacker(
+            None,
+            raw=False,
+            read_size=len(payload),
+            max_buffer_size=self.max_frame,
+            max_str_len=_UTF8 * MAX_PATH,
+            max_bin_len=self.max_frame,
+            max_array_len=self._max_array,
+            max_map_len=0,
+            max_ext_len=0,
+        )
+        reader.feed(payload)
+        if not _is_array(payload[0]):
             raise ProtocolError("a message is an array that begins with its type")
-        entry = self._by_type.get(values[0])
+        count = reader.read_array_header()
+        number = _read_value("type", reader, payload) if count else None
+        if type(number) is not int:
+            raise ProtocolError("a message is an array that begins with its type")
+        entry = self._by_type.get(number)
         if entry is None:
-            raise ProtocolError(f"message type {values[0]} does not travel on {self.name}")
+            raise ProtocolError(f"message type {number} does not travel on {self.name}")
         message, kinds = entry
-        if len(values) - 1 != len(kinds):
-            raise ProtocolError(f"{message.__name__} has {len(kinds)} fields, not {len(values) - 1}")
-        checked = [kind.check(name, value) for (name, kind), value in zip(kinds, values[1:], strict=True)]
+        if count - 1 != len(kinds):
+            raise ProtocolError(f"{message.__name__} has {len(kinds)} fields, not {count - 1}")
+        checked = [kind.check(name, _read_field(name, kind, reader, payload)) for name, kind in kinds]
+        if reader.tell() != len(payload):
+            raise ProtocolError(f"{message.__name__} is followed by {len(payload) - reader.tell()} bytes more")
         result = message(*checked)
         result.check()
         return result
+
+
+def _read_field(name: str, kind: Kind, reader: Any, payload: bytes | memoryview) -> object:
+    at = reader.tell()
+    if not kind.items or at == len(payload) or not _is_array(payload[at]):
+        return _read_value(name, reader, payload)
+    count = reader.read_array_header()
+    if count > kind.items:
+        raise _fail(name, f"{count} entries; {kind.items} are allowed")
+    return [_read_value(name, reader, payload) for _ in range(count)]
+
+
+def _read_value(name: str, reader: Any, payload: bytes | memoryview) -> object:
+    at = reader.tell()
+    if at == len(payload):
+        raise ProtocolError(f"the frame ends before field {name}")
+    if _NESTS[payload[at]]:
+        raise _fail(name, "an array, a map or an extension, which do not belong here")
+    return reader.unpack()
+
+
+def _is_array(first: int) -> bool:
+    """Whether a value that begins with this byte is an array (msgpack specification, "array format family")."""
+    return 0x90 <= first <= 0x9F or first in (0xDC, 0xDD)
+
+
+# First bytes of values that are not wanted anywhere but as the message itself and as a field of many entries.
+_NESTS: Final = bytes(
+    _is_array(first)
+    or 0x80 <= first <= 0x8F  # fixmap
+    or first in (0xDE, 0xDF)  # map 16, map 32
+    or 0xC7 <= first <= 0xC9  # ext 8 to ext 32
+    or 0xD4 <= first <= 0xD8  # fixext
+    for first in range(256)
+)
 
 
 def _kinds(message: type[Message]) -> tuple[tuple[str, Kind], ...]:
