@@ -64,6 +64,7 @@ class Runner:
         self._scanner_of: tuple[bytes, ScanSettings] | None = None
         self._cache: FingerprintCache | None = None
         self._cache_epoch = b""
+        self._drops = 0  # under way
         self._scanning = False
         self._rescan_at: float | None = None
         self._due_at = 0.0
@@ -357,17 +358,25 @@ class Runner:
         whole = covered * 10 >= action.page_count * 9
         ranges = [(0, 0)] if whole else list(zip(runs[0::3], runs[2::3], strict=True))
 
-        def job() -> Then | None:
+        def job() -> Then:
+            gone = 0
             try:
-                gone = 0
                 for first, count in ranges:
                     before, after = native.drop_pages(fd, first, count)
                     gone += max(0, before - after)
+            except NativeError:
+                pass  # the next interval tries again
             finally:
                 os.close(fd)
-            return (lambda: self._events.append(agent.Dropped(gone))) if gone else None
+            return partial(self._dropped, gone)
 
+        self._drops += 1
         self._worker.submit(job)
+
+    def _dropped(self, pages: int) -> None:
+        self._drops -= 1
+        if pages:
+            self._events.append(agent.Dropped(pages))
 
     # --------------------------------------------------------------------------------------------- scans and pages
 
@@ -573,6 +582,7 @@ class Runner:
                     "cpu_ns": time.process_time_ns(),
                     "scans": self._full_scans,
                     "scanning": self._scanning,
+                    "dropping": bool(self._drops),
                     "reporting": self.agent.reporting or bool(self._wanted),
                     "leases": len(self._leases),
                 }
