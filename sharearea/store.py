@@ -190,7 +190,7 @@ class Store:
 
         self._write(meta, removes=True)
 
-    def _write_meta(self, txn: lmdb.Transaction[bytes]) -> None:
+    def _write_meta(self, txn: lmdb.Transaction[bytes], _: _Pools | None = None) -> None:
         txn.put(_FORMAT_KEY, _MAGIC + struct.pack("<I", FORMAT))
         txn.put(_BOOT_KEY, self._boot_id.encode())
 
@@ -198,6 +198,7 @@ class Store:
         """Run `work` in one transaction, in a larger map if it needs one."""
         env = self._open_env()
         limit = self._max_bytes + (_RESERVE_BYTES if removes else 0)
+        aged = removes
         try:
             if self._map_bytes > limit:  # the reserve was in use; LMDB never shrinks a map below what is in it
                 self._resize(env, limit)
@@ -207,12 +208,20 @@ class Store:
                     with env.begin(write=True) as txn:
                         work(txn, pools)
                 except lmdb.MapFullError:
-                    if self._map_bytes >= limit:
+                    if self._map_bytes >= limit and not aged:
+                        # Pages that the last transaction freed can be used from the one after the next on
+                        # (mdb_page_alloc). A failed one does not count, so without this one they never could be.
+                        self._write(self._write_meta, removes=True)
+                        aged = True
+                        if self._map_bytes > limit:
+                            self._resize(env, limit)
+                    elif self._map_bytes >= limit:
                         raise StoreFull(
                             f"the store {self.path} has reached its limit of {self._max_bytes} bytes",
                             "raise the store's limit in the configuration",
                         ) from None
-                    self._resize(env, min(self._map_bytes * 2, limit))
+                    else:
+                        self._resize(env, min(self._map_bytes * 2, limit))
                 else:
                     self._pools = pools
                     return

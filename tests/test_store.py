@@ -285,9 +285,9 @@ def test_a_change_that_makes_no_sense_writes_nothing(store: Store, change: Chang
     before = store.load()
     with pytest.raises(StoreError):
         store.apply([PoolOpened("red", b"R" * 16, 5), owner("a", 1), SlotsFilled("blue", 0, fingerprints(2)), change])
-    assert store.load() == before
     with pytest.raises(StoreError, match="red"):
         store.apply([SlotsFilled("red", 0, fingerprints(1))])
+    assert store.load() == before
 
 
 def test_reset_forgets_everything(store: Store, path: Path) -> None:
@@ -449,9 +449,29 @@ def test_at_its_limit_nothing_is_written_and_things_can_still_be_removed(path: P
             store.apply([OwnerCleared("blue", "a", file)])
         assert store.load()["blue"].owners == {}
         assert _fill_up(store) > done * 3 // 4  # LMDB wants one stretch for each value
-        assert store.size_bytes() <= limit + store_module._RESERVE_BYTES
         store.reset()
         assert store.load() == {}
+
+
+def test_everything_can_be_removed_at_once_at_the_limit(path: Path) -> None:
+    limit = 2 << 20
+    store, _, _ = Store.open(path, boot_id=BOOT, max_bytes=limit)
+    with store:
+        store.apply([PoolOpened("blue", b"A" * 16, 1 << 20)])
+        slots = 0
+        try:
+            while True:  # records of one slot each, every other slot: thousands of them on hundreds of pages
+                batch = range(slots, slots + 200, 2)
+                store.apply([SlotsFilled("blue", slot, b"x" * 32) for slot in batch])
+                slots += 200
+        except StoreFull:
+            assert slots > 10_000
+        # Each of those pages is written anew before the old one is free.
+        store.apply([SlotsFreed("blue", packed(range(slots)))])
+        assert store.load()["blue"].slots == {}
+        assert store.size_bytes() <= limit + store_module._RESERVE_BYTES
+        assert _fill_up(store) > 10
+        assert store.size_bytes() <= limit  # the reserve is for removing only
 
 
 def _fill_up(store: Store) -> int:
@@ -640,6 +660,20 @@ def _assert_whole_or_aside(path: Path, plain: Plain) -> bool:
         store.apply([PoolOpened("new", b"N" * 16, 5), owner("n", 1, 60_000, pool="new")])
         assert "new" in store.load()
     return said is not None
+
+
+def test_a_lost_record_is_noticed(path: Path) -> None:
+    """A leaf page that says it has one key fewer is well formed, and so is every record that is left on it."""
+    store, _, _ = Store.open(path, boot_id=BOOT)
+    with store:
+        store.apply([BLUE, SlotsFilled("blue", 0, fingerprints(2)), owner("a", 1)])
+    data = bytearray((path / "data.mdb").read_bytes())
+    for at in range(2 * 4096, len(data), 4096):
+        flags, lower = struct.unpack_from("<HH", data, at + 10)
+        if flags == 2 and lower > 16 + 2:  # P_LEAF; the header is 16 bytes, each key's place takes 2
+            struct.pack_into("<H", data, at + 12, lower - 2)
+    (path / "data.mdb").write_bytes(data)
+    _assert_aside(path, "damaged")
 
 
 def test_a_file_of_noise_is_set_aside(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import select
@@ -10,6 +11,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,8 +79,9 @@ sock.recv(1)
 def test_a_peer_of_another_user_has_its_own_uid(tmp_path_factory: pytest.TempPathFactory, uid: int) -> None:
     folder = tmp_path_factory.mktemp("open")
     for parent in (folder, *folder.parents):
-        if parent.stat().st_uid == os.geteuid() and parent not in (Path("/"), Path("/tmp")):
-            parent.chmod(0o755)
+        if parent == Path(tempfile.gettempdir()):
+            break
+        parent.chmod(0o755)
     with LocalListener(folder / "s") as listener:
         child = subprocess.Popen([sys.executable, "-c", _CONNECT, str(folder / "s"), str(uid)])
         assert select.select([listener], [], [], 30)[0]
@@ -127,8 +130,23 @@ def test_anybody_who_answers_is_left_alone(path: Path) -> None:
         assert path.exists()
 
 
+def test_a_broker_that_is_just_starting_is_left_alone(path: Path) -> None:
+    """It holds the lock and does not listen yet: nobody would answer on the socket of its dead predecessor."""
+    LocalListener(path).close()
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    with path.with_name(path.name + ".lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(HostError, match="running already"):
+            LocalListener(path)
+        assert path.exists()
+    with LocalListener(path), connected(path):
+        pass
+
+
 _LISTEN = """
 import sys
+import tempfile
 from pathlib import Path
 from sharearea.transport.local import LocalListener
 listener = LocalListener(Path(sys.argv[1]))
