@@ -184,6 +184,7 @@ def test_the_links_of_the_guest_side_lead_into_the_tree() -> None:
     for link, target in {
         "CMakeLists.txt": "CMakeLists.txt",
         "LICENSE": "LICENSE",
+        "README.md": "README.md",
         "native": "native",
         "sharearea_agent/common": "sharearea/common",
     }.items():
