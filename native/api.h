@@ -213,12 +213,12 @@ int sa_table_live(const sa_table *table, uint32_t first, size_t n, uint32_t *ret
                   size_t *ret_n, uint64_t *ret_mapped);
 
 struct sa_table_totals {
-	uint64_t pages;          /* distinct pages known, the zero page left out */
-	uint64_t slots_used;     /* slots that a page uses */
-	uint64_t slots_mapped;   /* distinct slots with at least one mapping */
-	uint64_t mappings;       /* sum of mappings over all slots */
-	uint64_t pending;        /* pages wanted and not yet published */
-	uint64_t memory_bytes;   /* memory of the table itself */
-	uint64_t by_holders[8];  /* slots used, by holders of their page: 0, 1, 2, 3, 4-7, 8-15, 16-31, 32 and more */
+	uint64_t pages;         /* distinct pages known, the zero page left out */
+	uint64_t slots_used;    /* slots that a page uses */
+	uint64_t slots_mapped;  /* distinct slots with at least one mapping */
+	uint64_t mappings;      /* sum of mappings over all slots */
+	uint64_t pending;       /* pages wanted and not yet published */
+	uint64_t memory_bytes;  /* memory of the table itself */
+	uint64_t by_holders[8]; /* slots used, by holders of their page: 0, 1, 2, 3, 4-7, 8-15, 16-31, 32 and more */
 };
 int sa_table_totals(const sa_table *table, struct sa_table_totals *ret);

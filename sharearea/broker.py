@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -60,6 +61,7 @@ _TICK_S: Final = 0.25
 _SHARE_S: Final = 0.004  # of one round, for one connection
 _LINGER_S: Final = 2.0  # for the last words to a peer that is sent away
 _ACCEPT_PAUSE_S: Final = 1.0
+_MAX_SILENT: Final = 32  # connections of one user that have said nothing yet
 _FILES_PER_ANSWER: Final = 1000
 
 Inherited = dict[str, list[int]]
@@ -74,6 +76,8 @@ def boot_id() -> str:
 class _Connection:
     peer: PeerId
     link: StreamLink
+    uid: int
+    silent: bool = True  # no message has come
     inbox: deque[wire.Message] = field(default_factory=deque)
     leaving_at: float | None = None  # set when it is to be closed as soon as its queue is empty
 
@@ -90,6 +94,7 @@ class Broker:
         self._areas: dict[PoolId, LocalArea] = {}
         self._stopping = False
         self._accept_at: float | None = None
+        self._lacking = False  # the last connection could not be accepted
         self._tick_at = 0.0
         self._started = time.monotonic()
         self._statistics_at = self._started + config.status_interval
@@ -105,6 +110,7 @@ class Broker:
     def open(self) -> None:
         """Open store, areas and sockets, and reconcile them, before anybody is served. Raises ShareareaError."""
         config, boot = self.config, boot_id()
+        _raise_descriptor_limit()
         _make_folder(config.state_dir, 0o700)
         _make_folder(config.socket.parent, 0o755)
         _make_folder(config.status_socket.parent, 0o755)
@@ -123,9 +129,12 @@ class Broker:
             name: self._open_pool(rules, keys[name], records.get(name), inherited)
             for name, rules in config.policy.pools.items()
         }
-        for fds in inherited.values():
+        adopted = {_segment_name(pool, segment) for pool, area in self._areas.items() for segment in area.segments()}
+        for name, fds in inherited.items():
             for fd in fds:
                 os.close(fd)
+            if name not in adopted:
+                self._keep(name, None)
         self.engine = Engine(config.policy, setups, native.file_root, Settings(grace=config.grace))
         self._perform(self.engine.start(time.monotonic()))
         self._control = ControlServer(config.status_socket, 0o600, self._answer, self._selector)
@@ -205,7 +214,7 @@ class Broker:
             if owner is self._listener:
                 self._accept()
             elif isinstance(owner, ControlServer):
-                owner.ready(key.fileobj)  # type: ignore[arg-type]
+                owner.ready(key.fileobj)
             elif isinstance(owner, _Connection):
                 if mask & selectors.EVENT_WRITE:
                     self._flush(owner)
@@ -224,16 +233,23 @@ class Broker:
         accepted = self._listener.accept()
         if accepted is None:
             if self._listener.lacking is not None:
-                self.log.event("broker.limit", detail=f"cannot accept a connection: {self._listener.lacking}")
+                if not self._lacking:
+                    self.log.event("broker.limit", detail=f"cannot accept a connection: {self._listener.lacking}")
+                self._lacking = True
                 self._selector.unregister(self._listener)
                 self._accept_at = time.monotonic() + _ACCEPT_PAUSE_S
             return
         link, identity = accepted
+        self._lacking = False
         self._next_peer += 1
-        connection = _Connection(self._next_peer, link)
+        connection = _Connection(self._next_peer, link, identity.uid)
         self._connections[connection.peer] = connection
         self._selector.register(link, selectors.EVENT_READ, connection)
         self._feed(PeerConnected(connection.peer, identity))
+        # An agent speaks at once. Whoever only connects must not take all descriptors from those who do.
+        silent = [c for c in self._connections.values() if c.silent and c.uid == identity.uid and c.leaving_at is None]
+        if len(silent) > _MAX_SILENT:
+            self._feed(Malformed(silent[0].peer, f"{len(silent)} connections of this user that say nothing"))
 
     def _read(self, connection: _Connection) -> None:
         try:
@@ -248,6 +264,7 @@ class Broker:
         """Hand a connection's messages to the engine, as many as fit into its share of the round."""
         end = time.monotonic() + _SHARE_S
         while connection.inbox and connection.peer in self._connections and connection.leaving_at is None:
+            connection.silent = False
             self._feed(Received(connection.peer, connection.inbox.popleft()))
             if time.monotonic() >= end:
                 break
@@ -457,8 +474,10 @@ def _adopt(area: LocalArea, record: PoolRecord | None, slots: int, inherited: In
         fds = inherited.get(_segment_name(area.pool, segment), [])
         if not fds:
             return "segments-not-kept"
+        # An earlier area's segment may lie there under the same name.
+        fd = next((fd for fd in fds if (os.fstat(fd).st_dev, os.fstat(fd).st_ino) == (dev, ino)), fds[-1])
         try:
-            area.adopt(segment, fds[-1], dev, ino)
+            area.adopt(segment, fd, dev, ino)
         except ShareareaError as error:
             return f"segment-refused: {error.message}"
     empty = bytes(wire.FINGERPRINT_SIZE)
@@ -469,6 +488,13 @@ def _adopt(area: LocalArea, record: PoolRecord | None, slots: int, inherited: In
             if used:
                 return "bytes-differ"
     return None
+
+
+def _raise_descriptor_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _make_folder(path: Path, mode: int) -> None:

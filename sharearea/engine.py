@@ -53,7 +53,7 @@ from .model import (
     Verdict,
     WithdrawReason,
 )
-from .pagetable import NO_SLOT, PageTable
+from .pagetable import PageTable
 from .policy import Policy, PoolRules, Refusal
 
 _PAGE = wire.PAGE_SIZE
@@ -158,6 +158,9 @@ class _Pool:
     offers_due: float = 0.0  # when the next one begins even if something is being published
     remarks: dict[DomainId, deque[Content]] = field(default_factory=dict)
     retry: dict[Content, float] = field(default_factory=dict)
+    undelivered: dict[Content, None] = field(default_factory=dict)  # no holder of these could deliver what was wanted
+    reconsider_at: float | None = None
+    reconsider: deque[Content] = field(default_factory=deque)
     emptying: set[int] = field(default_factory=set)
     moving: int | None = None
     looked_at: int = -1  # index.changed when segments were last looked at
@@ -284,7 +287,7 @@ class Engine:
     def busy(self) -> bool:
         """Return whether a Tick would find work at once: a sweep is under way."""
         return any(
-            pool.offers or pool.remarks or (pool.offers_at != pool.index.changed and pool.quiet)
+            pool.offers or pool.remarks or pool.reconsider or (pool.offers_at != pool.index.changed and pool.quiet)
             for pool in self._pools.values()
         )
 
@@ -751,7 +754,10 @@ class Engine:
         pool.index.table.unwant(pool.index.ids_at(job.content, job.positions))
         self._published(pool, job.content)
         if job.content.holders:
-            pool.retry[job.content] = self._now + self.settings.retry
+            pool.undelivered[job.content] = None
+        # Even if this content is gone: while its pages were wanted, nobody could want them for another one.
+        if pool.reconsider_at is None:
+            pool.reconsider_at = self._now + self.settings.retry
 
     def _requeue(self, pool: _Pool, job: _Job, domain: DomainId) -> None:
         pool.queue.append(_Job(job.content, job.positions, job.tried | {domain}))
@@ -945,7 +951,7 @@ class Engine:
 
     def _withdraw(self, peer: _Peer, files: list[FileId], reason: WithdrawReason) -> None:
         for at in range(0, len(files), wire.MAX_IDS):
-            self._send(peer.id, wire.Withdraw(array("I", files[at : at + wire.MAX_IDS]).tobytes(), reason))
+            self._send(peer.id, wire.Withdraw(array("I", files[at : at + wire.MAX_IDS]).tobytes(), int(reason)))
         if files:
             pool = peer.pool.name if peer.pool is not None else ""
             self._log("pages.revoked", pool=pool, domain=peer.domain, files=len(files), reason=reason.name.lower())
@@ -1021,6 +1027,16 @@ class Engine:
         due = list(islice((c for c, at in pool.retry.items() if self._now >= at), _SWEEP))
         for content in due:
             del pool.retry[content]
+            if content.holders:
+                self._consider(pool, content)
+        if pool.reconsider_at is not None and self._now >= pool.reconsider_at:
+            # The same pages may be in other contents, whose holders have them: those go first.
+            pool.reconsider_at = None
+            pool.reconsider.extend(c for c in pool.index.all_contents() if c not in pool.undelivered)
+            pool.reconsider.extend(pool.undelivered)
+            pool.undelivered.clear()
+        for _ in range(min(_SWEEP, len(pool.reconsider))):
+            content = pool.reconsider.popleft()
             if content.holders:
                 self._consider(pool, content)
 

@@ -326,7 +326,9 @@ class PoolIndex:
             self.owners[key] = Owner(owner.instance, owner.runs)
             if left:
                 runs = array("I", owner.runs)
-                mapped.update(slot for at in range(1, len(runs), 3) for slot in range(runs[at], runs[at] + runs[at + 1]))
+                mapped.update(
+                    slot for at in range(1, len(runs), 3) for slot in range(runs[at], runs[at] + runs[at + 1])
+                )
         if record.segments:
             self.next_slot = (max(record.segments) + 1) * self.slots_per_segment
         self._restored = bytes(kept)

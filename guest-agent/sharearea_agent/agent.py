@@ -16,10 +16,14 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import NamedTuple
 
 from .common import wire
 from .consumer_wire import MAPPED_DIFFERENT, MAPPED_DONE
+
+# Of the broker's verdicts (docs/protocol.md), those that the agent acts on.
+_KNOWN, _WANTED, _NOT_REPORTED, _STORE_FULL = 0, 1, 9, 11
 
 ConsumerId = int
 Handle = int
@@ -425,6 +429,7 @@ class Settings:
     stats_interval: float = 10.0
     lease_timeout: float = 10.0
     retry: float = 2.0  # pause before a file whose lease was refused is tried again
+    store_retry: float = 30.0  # pause before grants are asked for again that the broker could not record
     reconnect_min: float = 0.2
     reconnect_max: float = 30.0
     max_attached_files: int = 16_384
@@ -500,11 +505,15 @@ class Agent:
         self._drop_queue: deque[FileKey] = deque()
         self._dropped_total = 0
         self._detach_all = False
+        self._detached_paths: set[bytes] = set()
+        self._asked: set[FileId] = set()  # Attach was sent, and neither Granted nor Denied has come
+        self._segments: set[int] = set()  # that the runner has descriptors of
         self._gone: list[FileId] = []
         self._release: list[FileId] = []
         self._attach: list[FileId] = []
         self._private_bytes = 0
         self._shared_keys: set[FileKey] = set()  # SHARED and LEAVING
+        self._crowded: dict[FileKey, None] = {}  # files that wait until fewer than max_attached_files are shared
         self._again: dict[FileKey, None] = {}  # plain files to advance at the next tick
         self._area = b""
         self._epoch = b""
@@ -619,6 +628,7 @@ class Agent:
         if not had_welcome:
             return
         self._unreported.clear()
+        self._asked.clear()
         for file in list(self._files.values()):
             file.reported, file.verdict, file.available = False, None, 0
             if file.version is not None:
@@ -656,19 +666,24 @@ class Agent:
             case wire.Granted():
                 self._on_granted(message)
             case wire.Denied():
-                for file_id in array("I", message.ids):
-                    file = self._current(file_id)
-                    if file is not None and file.stage is Stage.ASKING:
-                        file.available = 0
-                        self._settle_plain(file, "denied")
+                for file_id, reason in zip(array("I", message.ids), message.reasons, strict=True):
+                    self._on_denied(file_id, reason)
             case wire.Withdraw():
                 self._on_withdraw(message)
+            case wire.Segment():
+                self._segments.add(message.segment)  # the runner keeps the descriptor
             case wire.Retired():
-                self._act(ForgetSegments(tuple(array("I", message.segments))))
+                self._forget_segments(array("I", message.segments))
             case wire.Ping():
                 self._act(Send(wire.Pong(message.number)))
             case _:
-                pass  # Segment: the runner keeps the descriptor
+                pass
+
+    def _forget_segments(self, segments: Iterable[int]) -> None:
+        gone = tuple(segment for segment in segments if segment in self._segments)
+        self._segments.difference_update(gone)
+        if gone:
+            self._act(ForgetSegments(gone))
 
     def _on_welcome(self, welcome: wire.Welcome) -> None:
         self._welcome = welcome
@@ -677,9 +692,18 @@ class Agent:
         if welcome.area != self._area:
             # Handles of another area: the broker knows nothing of them any more, the mappings stay good until let go.
             self._area = welcome.area
+            self._segments.clear()
             self._act(ForgetSegments(None))
             for key in list(self._shared_keys):
                 self._leave(self._files[key])
+        elif self._segments:
+            # Some may have been closed meanwhile; what is needed again comes with the next grant.
+            used = {
+                slot // welcome.slots_per_segment
+                for key in self._shared_keys
+                for slot in array("I", self._files[key].runs)[1::3]
+            }
+            self._forget_segments(sorted(self._segments - used))
         self._act(
             StartScan(
                 welcome.key,
@@ -724,8 +748,9 @@ class Agent:
             self._forget_path(seen.path)
         self._by_path[seen.path] = file
         file.paths[seen.path] = None
-        if self._detach_all:
+        if self._detach_all or seen.path in self._detached_paths:
             file.detached = True
+            self._leave(file)
         version = file.version
         if version is not None and version.identity == seen.identity and not file.stale:
             file.successor = None
@@ -734,7 +759,8 @@ class Agent:
             if version.pages == seen.pages and version.root == seen.root:
                 return
         elif version is not None and file.stage is Stage.SHARED and not file.broken and not file.stale:
-            if version.identity.size == seen.identity.size:
+            same_root = version.root is None or seen.root is None or version.root == seen.root
+            if version.identity.size == seen.identity.size and same_root:
                 # Nobody could write under the lease: times or links changed, the bytes did not.
                 file.version = replace(version, identity=seen.identity)
                 self._act(RenewCache(file.key, version.identity, seen.identity))
@@ -794,7 +820,7 @@ class Agent:
             del self._unreported[key]
             file = self._files[key]
             version = file.version
-            if version is None or not file.paths or file.reported:
+            if version is None or not file.paths or file.reported or file.stale:
                 continue
             path = next(iter(file.paths))
             file.reported = True
@@ -817,7 +843,10 @@ class Agent:
         if file is None or file.version is None:
             return
         file.verdict = verdict
-        if verdict == 1:  # wanted
+        if verdict == _NOT_REPORTED:  # its pages came too late: once more
+            file.reported = False
+            self._unreported[file.key] = None
+        elif verdict == _WANTED:
             version, path = file.version, next(iter(file.paths), b"")
             self._act(SendPages(file_id, path, file.key, version.identity, version.root, version.pages))
 
@@ -858,7 +887,7 @@ class Agent:
             return "not-designated"
         if file.poisoned:
             return "bytes-differed"
-        if file.verdict is not None and file.verdict > 1:
+        if file.verdict is not None and file.verdict not in (_KNOWN, _WANTED):
             return f"ignored-{file.verdict}"
         if not file.available:
             return "not-offered"
@@ -885,8 +914,11 @@ class Agent:
             and not file.detached
             and self._now >= file.retry_at
             and not file.stale
-            and len(self._shared_keys) < self.settings.max_attached_files
+            and file.version.id not in self._asked
         ):
+            if len(self._shared_keys) >= self.settings.max_attached_files:
+                self._crowded[file.key] = None
+                return
             self._to(file, Stage.LEASING)
             self._act(TakeLease(file.key, *next(iter(file.uses))))
 
@@ -895,14 +927,19 @@ class Agent:
         if file is None or file.stage is not Stage.LEASING:
             self._act(ReleaseLease(taken.key))
             return
-        file.leased, file.broken = True, False
+        file.leased = True
+        if file.broken or not file.uses:
+            self._settle_plain(file, "lease-broken" if file.broken else "closed")
+            return
         if file.version is None or taken.identity != file.version.identity:
             for path in file.paths:
                 self._act(Rescan(path))
+            file.retry_at = self._now + self.settings.retry
             self._settle_plain(file, "changed")
             return
         self._to(file, Stage.ASKING)
         self._attach.append(file.version.id)
+        self._asked.add(file.version.id)
 
     def _on_lease_refused(self, refused: LeaseRefused) -> None:
         file = self._files.get(refused.key)
@@ -935,13 +972,30 @@ class Agent:
         if file.uses and file.available and not file.detached and not file.poisoned:
             self._again[file.key] = None
 
+    def _on_denied(self, file_id: FileId, reason: int) -> None:
+        self._asked.discard(file_id)
+        file = self._current(file_id)
+        if file is None:
+            return
+        if reason == _STORE_FULL:
+            file.retry_at = self._now + self.settings.store_retry
+        elif file.stage is Stage.ASKING:
+            file.available = 0
+        if file.stage is Stage.ASKING:
+            self._settle_plain(file, "denied")
+        else:
+            self._advance_later(file)
+
     def _on_granted(self, granted: wire.Granted) -> None:
+        self._asked.discard(granted.file)
         file = self._current(granted.file)
         if file is None or file.stage is not Stage.ASKING or not file.uses or file.detached or file.stale:
             # Nobody waits for it any more: give it back.
             self._release.append(granted.file)
             if file is not None and file.stage is Stage.ASKING:
                 self._settle_plain(file, "closed")
+            elif file is not None:
+                self._advance_later(file)
             return
         self._to(file, Stage.SHARED)
         self._shared_keys.add(file.key)
@@ -951,8 +1005,6 @@ class Agent:
         file.dropped = False
         for use in file.uses:
             self._share(file, use)
-        if file.broken:
-            self._leave(file)
 
     def _share(self, file: _File, use: tuple[ConsumerId, Handle]) -> None:
         entry = file.uses[use]
@@ -1013,6 +1065,9 @@ class Agent:
                 self._drop_if_complete(file)
             else:
                 self._leave(file)
+        elif file.stage is Stage.ASKING and not file.uses:
+            # With the last descriptor the lease goes; whoever opens the file next needs a new one.
+            self._settle_plain(file, "closed")
         elif file.stage is Stage.PLAIN and not file.uses and not file.paths:
             self._replace(file, None)
 
@@ -1026,10 +1081,10 @@ class Agent:
 
     def _on_lease_broken(self, key: FileKey) -> None:
         file = self._files.get(key)
-        if file is None or not file.leased:
+        if file is None or not (file.leased or file.stage is Stage.LEASING):
             self._act(ReleaseLease(key))
             return
-        file.broken = True
+        file.broken = True  # while LEASING this may be about the lease before: `_on_lease_taken` gives it back
         if file.stage is Stage.SHARED:
             self._leave(file)
         elif file.stage is Stage.ASKING:
@@ -1049,6 +1104,7 @@ class Agent:
             self._detach_all = True
             files: Iterable[_File] = list(self._files.values())
         else:
+            self._detached_paths.add(path)
             one = self._by_path.get(path)
             files = [one] if one is not None else []
         for file in files:
@@ -1057,6 +1113,7 @@ class Agent:
 
     def _on_reattach(self) -> None:
         self._detach_all = False
+        self._detached_paths.clear()
         for file in list(self._files.values()):
             file.detached = False
             self._advance(file)
@@ -1074,6 +1131,11 @@ class Agent:
                 self._advance(file)
                 if file.stage is Stage.PLAIN and self._now < file.retry_at:
                     self._again[key] = None
+        for key in list(islice(self._crowded, max(0, self.settings.max_attached_files - len(self._shared_keys)))):
+            del self._crowded[key]
+            file = self._files.get(key)
+            if file is not None:
+                self._advance(file)
         if self._welcome is not None and self._now >= self._stats_at:
             self._stats_at = self._now + self.settings.stats_interval
             self._act(Send(self._stats()))
@@ -1124,7 +1186,11 @@ class Agent:
             if file.verdict is None:
                 word = "reported" if file.reported else "not reported yet"
             else:
-                word = ("known", "wanted")[file.verdict] if file.verdict < 2 else f"ignored-{file.verdict}"
+                word = (
+                    ("known", "wanted")[file.verdict]
+                    if file.verdict in (_KNOWN, _WANTED)
+                    else f"ignored-{file.verdict}"
+                )
             verdicts[word] = verdicts.get(word, 0) + 1
         return {
             "name": self.settings.name,

@@ -7,20 +7,22 @@ decided in agent.py; this module turns messages into events and actions into mes
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
+import resource
 import selectors
 import socket
 import stat
 import struct
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from . import agent
 from .agent import ConsumerId, Event, FileKey, Handle
+from .common.control import Door
 from .common.errors import HostError, ProtocolError
 from .common.link import LinkClosed, QueueFull, StreamLink
 from .common.wire import Message
@@ -42,6 +44,7 @@ from .mapper import Mapper
 _MAX_CONSUMERS: Final = 4096
 _MAX_QUEUE: Final = 8 << 20
 _MAX_FDS: Final = 256  # descriptors that may arrive ahead of their messages
+_SPARE_FDS: Final = 192  # for segments, the scanner's folders, the cache and the sockets
 _UCRED: Final = struct.Struct("iII")
 
 
@@ -74,7 +77,6 @@ class ConsumerHub:
         feed: Callable[[Event], None],
         log: Callable[..., None],
     ) -> None:
-        self._path = path
         self._selector = selector
         self._mapper = mapper
         self._feed = feed
@@ -82,23 +84,26 @@ class ConsumerHub:
         self._next = 0
         self._consumers: dict[ConsumerId, _Consumer] = {}
         self.files: dict[FileKey, OpenFile] = {}
-        self._listener = _listen(path)
-        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        # Were all descriptors in use, arriving ones would be lost, and with them the connection that they came on.
+        self._max_files = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _MAX_FDS - _SPARE_FDS)
+        self._limits: set[str] = set()  # those that have been logged and still hold
+        # Every program of the domain may connect; it gets what its own descriptors prove.
+        self._door = Door(path, 0o666, 128)
+        selector.register(self._door, selectors.EVENT_READ, self._accept)
 
     # --------------------------------------------------------------------------------------------------- messages
 
     def _accept(self, _: int) -> None:
-        try:
-            sock, _address = self._listener.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._log("agent.limit", detail=f"cannot accept a consumer: {error.strerror}")
+        sock = self._door.accept()
+        if sock is None:
+            if self._door.lacking is not None:
+                self._at_limit("accept", f"cannot accept a consumer: {self._door.lacking}")
             return
         if len(self._consumers) >= _MAX_CONSUMERS:
             sock.close()
-            self._log("agent.limit", detail=f"{_MAX_CONSUMERS} consumers are connected")
+            self._at_limit("accept", f"{_MAX_CONSUMERS} consumers are connected")
             return
+        self._limits.discard("accept")
         pid, uid, _gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         link = StreamLink(
             sock,
@@ -117,13 +122,22 @@ class ConsumerHub:
             if mask & selectors.EVENT_WRITE:
                 self._flush(consumer)
             if mask & selectors.EVENT_READ:
-                for message, fd in consumer.link.receive():
-                    self._on_message(consumer, message, fd)
+                self._handle(consumer, deque(consumer.link.receive()))
         except LinkClosed:
             self._drop(consumer)
         except ProtocolError as error:
             self._log("consumer.refused", detail=error.message, pid=consumer.pid, uid=consumer.uid)
             self._drop(consumer)
+
+    def _handle(self, consumer: _Consumer, messages: deque[tuple[Message, int | None]]) -> None:
+        """Take up messages in their order; those behind one that ended the connection are nobody's any more."""
+        try:
+            while messages and consumer.id in self._consumers:
+                self._on_message(consumer, *messages.popleft())
+        finally:
+            for _, fd in messages:
+                if fd is not None:
+                    os.close(fd)
 
     def _on_message(self, consumer: _Consumer, message: Message, fd: int | None) -> None:
         match message:
@@ -159,14 +173,23 @@ class ConsumerHub:
             return
         known = self.files.get(key)
         if known is None:
+            if len(self.files) + len(self._consumers) >= self._max_files:
+                self._at_limit("files", f"consumers have {len(self.files)} files open: the limit on open files is near")
+                self._send(consumer, Plain(message.handle, "agent-limit"))
+                return
             try:
-                # A description of our own: the consumer cannot touch a lease on it, nor close it.
-                own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+                # A description of our own: the consumer cannot touch a lease on it, nor close it. Nor can it make us
+                # wait, with a write lease of its own.
+                own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            except BlockingIOError:
+                self._send(consumer, Plain(message.handle, "lease-refused"))
+                return
             except OSError as error:
-                self._log("agent.limit", detail=f"cannot open a consumer's file: {error.strerror}")
+                self._at_limit("files", f"cannot open a consumer's file: {error.strerror}")
                 self._send(consumer, Plain(message.handle, "agent-limit"))
                 return
             known = self.files[key] = OpenFile(own)
+            self._limits.discard("files")
         known.uses.add(use)
         consumer.files[message.handle] = key
         self._feed(agent.Opened(consumer.id, message.handle, key))
@@ -244,9 +267,9 @@ class ConsumerHub:
             return
         self.files[key].uses.discard((consumer.id, handle))
 
-    def release_unused(self) -> None:
-        """Close the descriptors of files that no consumer has open any more. Call when their leases are given back."""
-        for key in [key for key, file in self.files.items() if not file.uses]:
+    def release_unused(self, leased: Container[int] = ()) -> None:
+        """Close the descriptors of files that no consumer has open any more, but for those with a lease."""
+        for key in [key for key, file in self.files.items() if not file.uses and file.fd not in leased]:
             os.close(self.files.pop(key).fd)
 
     def _drop(self, consumer: _Consumer) -> None:
@@ -263,31 +286,11 @@ class ConsumerHub:
         for consumer in list(self._consumers.values()):
             self._drop(consumer)
         self.release_unused()
-        self._selector.unregister(self._listener)
-        self._listener.close()
-        self._path.unlink(missing_ok=True)
+        self._selector.unregister(self._door)
+        self._door.close()
 
-
-def _listen(path: Path) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                probe.connect(os.fspath(path))
-            except ConnectionRefusedError:
-                path.unlink()
-            else:
-                raise HostError(f"an agent is running already: {path} answers", "stop it, or configure another path")
-            finally:
-                probe.close()
-        listener.bind(os.fspath(path))
-        path.chmod(0o666)  # every program of the domain may connect; it gets what its own descriptors prove
-        listener.listen(128)
-    except OSError as error:
-        listener.close()
-        raise HostError(f"cannot listen on {path}: {error.strerror}", "check the folder and its rights") from None
-    except HostError:
-        listener.close()
-        raise
-    return listener
+    def _at_limit(self, limit: str, what: str) -> None:
+        """Log a limit, once until it does not hold any more."""
+        if limit not in self._limits:
+            self._limits.add(limit)
+            self._log("agent.limit", detail=what)

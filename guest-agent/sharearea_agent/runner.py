@@ -41,6 +41,7 @@ _TICK_S: Final = 0.25
 _MAX_QUEUE: Final = 16 << 20
 _REPORT_ROOM: Final = 1 << 20  # reports go out while fewer bytes than this wait for the broker
 _CONNECT_TIMEOUT_S: Final = 2.0
+_CUT_OFF_S: Final = 2.0  # at the end, for what follows when consumers that hang are cut off
 _DUE_S: Final = 1.0  # between two looks at files that were too young to be trusted
 
 
@@ -67,11 +68,13 @@ class Runner:
         self._drops = 0  # under way
         self._scanning = False
         self._rescan_at: float | None = None
+        self._rescan_wanted = False
         self._due_at = 0.0
         self._touched: list[bytes] = []  # reported paths to look at besides what the watch says
         self._full_scans = 0
         self._scan_errors: dict[str, int] = {}
         self._stopping = False
+        self._next_tick = 0.0
         self._started = time.monotonic()
         settings = agent.Settings(
             name=config.name,
@@ -124,27 +127,35 @@ class Runner:
             signal.signal(number, lambda *_: self.stop())
         signal.set_wakeup_fd(self._wake_out.fileno(), warn_on_full_buffer=False)
         self._undo.callback(signal.set_wakeup_fd, -1)
-        next_tick = 0.0
         while not self._stopping:
-            now = time.monotonic()
-            if now >= next_tick:
-                next_tick = now + _TICK_S
-                self._tick(now)
+            self._round()
+        # Leases end with this process: writers must not get on before consumers are back on their plain files.
+        self._events.append(agent.Detach(None))
+        self._drain()
+        end = time.monotonic() + self.config.lease_timeout + _CUT_OFF_S
+        while self.agent.status()["attached_files"] and time.monotonic() < end:
+            self._round()
+
+    def _round(self) -> None:
+        now = time.monotonic()
+        if now >= self._next_tick:
+            self._next_tick = now + _TICK_S
+            self._tick(now)
+        self._drain()
+        timeout = 0.0 if self._more_to_report() else max(0.0, self._next_tick - time.monotonic())
+        for key, mask in self._selector.select(timeout):
+            if isinstance(key.data, ControlServer):
+                key.data.ready(key.fileobj)
+            else:
+                key.data(mask)
             self._drain()
-            timeout = 0.0 if self._more_to_report() else max(0.0, next_tick - time.monotonic())
-            for key, mask in self._selector.select(timeout):
-                if isinstance(key.data, ControlServer):
-                    key.data.ready(key.fileobj)  # type: ignore[arg-type]
-                else:
-                    key.data(mask)
-                self._drain()
 
     def stop(self) -> None:
-        """End run() after this round."""
+        """Have run() bring consumers back to their plain files and end."""
         self._stopping = True
 
     def close(self) -> None:
-        """Let consumers go back to their plain files, give leases back, close everything."""
+        """Close everything."""
         if self._link is not None:
             self._hang_up()
         self._undo.close()
@@ -163,7 +174,7 @@ class Runner:
 
     def _tick(self, now: float) -> None:
         self._events.append(agent.Tick(_private_bytes() if self._full_scans else 0))
-        self._hub.release_unused()
+        self._hub.release_unused(self._leases)
         self._look_at_changes(now)
 
     def _more_to_report(self) -> bool:
@@ -190,6 +201,9 @@ class Runner:
 
     def _on_job_failed(self, error: Exception) -> None:
         self._packing = False
+        if self._scanning:
+            self._scanning = False
+            self._rescan_at = time.monotonic() + self.config.rescan_interval
         self.log.event("scan.failed", detail=f"{type(error).__name__}: {error}")
 
     # ---------------------------------------------------------------------------------------------------- the broker
@@ -222,9 +236,7 @@ class Runner:
                         self._mapper.add_segment(message.segment, fd)
                     elif isinstance(message, wire.Welcome):
                         self._mapper.slots_per_segment = message.slots_per_segment
-                        self._events.append(agent.FromBroker(message))
-                    else:
-                        self._events.append(agent.FromBroker(message))
+                    self._events.append(agent.FromBroker(message))
                     # One at a time: a Segment belongs to the Granted behind it, a Retired to what came before.
                     self._drain()
                     if self._link is not link:
@@ -442,7 +454,8 @@ class Runner:
         gone = vanished(self.agent.paths(), seen)
         if gone:
             self._events.append(agent.Vanished(tuple(gone)))
-        self._rescan_at = time.monotonic() + self.config.rescan_interval
+        self._rescan_at = time.monotonic() + (0.0 if self._rescan_wanted else self.config.rescan_interval)
+        self._rescan_wanted = False
         self._log_details("cache.failed", errors)
         # The first scan and those that found something to do: an idle agent writes no line a minute.
         if self._full_scans == 1 or counters.pages_fingerprinted or counters.errors != self._scan_errors:
@@ -471,6 +484,8 @@ class Runner:
         changed = self._watch.drain(now)
         if changed.rescan and self._rescan_at is not None:
             self._rescan_at = now
+        elif changed.rescan:
+            self._rescan_wanted = True  # a scan is under way and may have passed by what changed
         files = [path for host in changed.files if (path := scanner.reported_path(host)) is not None]
         folders = [path for host in changed.folders if (path := scanner.reported_path(host)) is not None]
         files += self._touched

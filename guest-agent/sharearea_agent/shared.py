@@ -47,6 +47,7 @@ DEFAULT_SOCKET: Final = "/run/sharearea-agent/consumers.sock"
 SOCKET_VARIABLE: Final = "SHAREAREA_AGENT_SOCKET"
 
 _RETRY_S: Final = (0.2, 5.0)  # first and longest pause before the agent is tried again
+_STABLE_S: Final = 1.0  # a connection that lasted longer was a good one
 _MAPS_SHARE: Final = 0.75  # of vm.max_map_count that shared runs may take in one process
 
 
@@ -209,8 +210,11 @@ class _Session:
         while True:
             link = self._connect()
             if link is not None:
-                pause = _RETRY_S[0]
+                begun = time.monotonic()
                 self._serve(link)
+                # A connection that ends at once (a limit of either side) is not tried again at once.
+                if time.monotonic() - begun > _STABLE_S:
+                    pause = _RETRY_S[0]
             self._lost()
             self._again.clear()
             self._again.wait(pause)
@@ -221,7 +225,10 @@ class _Session:
                     return
 
     def _connect(self) -> StreamLink | None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        except OSError:
+            return None
         sock.settimeout(2.0)
         try:
             sock.connect(self._path)
@@ -242,9 +249,11 @@ class _Session:
         return link
 
     def _serve(self, link: StreamLink) -> None:
+        readable = select.poll()
+        readable.register(link, select.POLLIN)
         try:
             while True:
-                select.select([link], [], [])
+                readable.poll()
                 for message, fd in link.receive():
                     self._on_message(link, message, fd)
         except (ShareareaError, OSError, ValueError):
@@ -268,8 +277,10 @@ class _Session:
         match message:
             case ShareSegment():
                 assert fd is not None
-                view = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
-                self._segments[message.number] = (fd, view)
+                try:
+                    self._segments[message.number] = (fd, mmap.mmap(fd, 0, access=mmap.ACCESS_READ))
+                except OSError:
+                    os.close(fd)  # at a limit of this process: what is in the segment stays plain
             case SegmentsGone():
                 self._drop_segments(array("I", message.numbers))
             case Plain():
@@ -340,23 +351,33 @@ class _Session:
         for number in numbers:
             fd, view = self._segments.pop(number, (-1, None))
             if view is not None:
-                view.close()
                 os.close(fd)
+                # In a child that was forked in the middle of a comparison, a view of it is in use for good.
+                with contextlib.suppress(BufferError):
+                    view.close()
 
     # ---------------------------------------------------------------------------------------------------- sending
 
     def _open(self, link: StreamLink, shared: SharedFile) -> None:
-        self._send(link, Open(shared._handle, shared._length), shared._fd)
+        if not self._send(link, Open(shared._handle, shared._length), shared._fd):
+            shared._reason = "not-asked"
+            shared._answered.set()
 
-    def _send(self, link: StreamLink, message: Message, fd: int | None = None) -> None:
-        """Send and wait until it is out; the lock is held. A dead link is the serving thread's business."""
+    def _send(self, link: StreamLink, message: Message, fd: int | None = None) -> bool:
+        """Send and wait until it is out; the lock is held. A dead link is the serving thread's business.
+
+        Returns whether it was sent, which it is not without a descriptor to spare for the one that goes with it.
+        """
         try:
             link.send(message, fd)
+            writable = select.poll()
+            writable.register(link, select.POLLOUT)
             deadline = time.monotonic() + 5.0
             while not link.flush() and time.monotonic() < deadline:
-                select.select([], [link], [], 0.1)
+                writable.poll(100)
         except (ShareareaError, OSError, ValueError):
-            pass
+            return False
+        return True
 
     def after_fork(self) -> None:
         """In a child: its mappings are the parent's, but nobody would tell it to let go of them."""

@@ -16,7 +16,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
@@ -115,39 +115,50 @@ class FolderWatch:
         self._observer: Any = None
         self._threads: tuple[threading.Thread, ...] = ()
         self._retry_at: float | None = None
-        self._unwatchable = False
+        self._unwatched: tuple[bytes, ...] = ()
+        self._unwatchable = False  # no watches are left in the kernel
         self._told: set[str] = set()
 
     # --------------------------------------------------------------------------------------------- start and health
 
     def start(self) -> list[HostError]:
         """Begin to watch; return what is not watched, and why. The periodic full scan covers that."""
-        errors: list[HostError] = []
         # Version 7 says so when a folder that was made a moment ago is met twice. It is, with mkdir -p, and harmless.
         warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning)
         before = set(threading.enumerate())
         try:
             observer: Any = InotifyObserver()
-            self._hear_of_losses(observer)
-            observer.start()
         except OSError as error:
             self._retry_at = self._clock() + RESTART_SECONDS
             return self._new([_no_instance(error)])
+        self._hear_of_losses(observer)
+        observer.start()
         self._observer = observer
-        for folder in self._folders:
-            missing = self._schedule(folder)
-            if missing is not None:
-                errors.append(missing)
+        self._unwatched = self._folders
+        errors = self._watch_rest(before)
+        if not errors and (full := self._probe()) is not None:
+            errors.append(full)
+        return self._new(errors)
+
+    def _watch_rest(self, before: Set[threading.Thread]) -> list[HostError]:
+        """Watch the folders that are not; note the threads that were not there before."""
+        errors: list[HostError] = []
+        unwatched: list[bytes] = []
+        for folder in self._unwatched:
+            error = None if self._unwatchable else self._schedule(folder)
+            if error is not None:
+                errors.append(error)
+            if error is not None or self._unwatchable:
+                unwatched.append(folder)
+        self._unwatched = tuple(unwatched)
+        self._retry_at = self._clock() + RESTART_SECONDS if unwatched and not self._unwatchable else None
         # None of them ends by itself while everything is well.
-        self._threads = tuple(
+        self._threads += tuple(
             thread
             for thread in threading.enumerate()
             if thread not in before and type(thread).__module__.startswith("watchdog.")
         )
-        if not errors and (full := self._probe()) is not None:
-            errors.append(full)
-        self._retry_at = self._clock() + RESTART_SECONDS if errors and not self._unwatchable else None
-        return self._new(errors)
+        return errors
 
     def _new(self, errors: list[HostError]) -> list[HostError]:
         """Leave out what was told before."""
@@ -161,28 +172,24 @@ class FolderWatch:
         # Without a filter (before watchdog 4) version 3 asks the kernel for reads, too; they are passed over in _take.
         if "event_filter" in inspect.signature(self._observer.schedule).parameters:
             filters["event_filter"] = list(_WANTED)
-        for attempt in range(3):
+        for _ in range(3):
+            # Before version 7 a folder that cannot be watched costs a descriptor for good, so it is not tried.
+            if not os.path.isdir(path):
+                break
             try:
                 self._observer.schedule(_Handler(self._take), path, recursive=True, **filters)
-            except FileNotFoundError as error:
-                # Before version 7 any folder that goes away meanwhile ends the whole walk.
-                if attempt == 2 or not os.path.isdir(path):
-                    return HostError(
-                        f"{path} is not watched: {error.strerror}", "its files are found by full scans only"
-                    )
+            except FileNotFoundError:
+                continue  # before version 7 any folder below that goes away meanwhile ends the whole walk
             except OSError as error:
                 if error.errno == errno.ENOSPC:
-                    # Version 2 leaks what it had taken, so another attempt would make it worse.
-                    self._unwatchable = True
+                    self._unwatchable = True  # and another attempt would make it worse
                     return _no_watches()
                 if error.errno == errno.EMFILE:
                     return _no_instance(error)
-                return HostError(
-                    f"{path} is not watched: {error.strerror or error}", "its files are found by full scans only"
-                )
+                return _not_watched(path, error.strerror or str(error))
             else:
                 return None
-        raise AssertionError("unreachable")
+        return _not_watched(path, "there is no such folder, or it changes all the time")
 
     def _hear_of_losses(self, observer: Any) -> None:
         """Have lost events told: version 7 throws away what is under way then, so counting alone would not show it."""
@@ -219,20 +226,24 @@ class FolderWatch:
 
         Returns what is new. A folder that was missing is tried again, once a minute at the most.
         """
-        if self._observer is not None and all(thread.is_alive() for thread in self._threads):
-            if self._retry_at is None:
-                full = None if self._unwatchable else self._probe()
-                return self._new([full]) if full is not None else []
-            if now < self._retry_at:
+        waiting = self._retry_at is not None and now < self._retry_at
+        if self._observer is None or not all(thread.is_alive() for thread in self._threads):
+            if waiting or self._unwatchable:
                 return []
-        elif self._retry_at is not None and now < self._retry_at:
+            self._stop()
+            errors = self.start()
+            self._ask_rescan()
+            return errors
+        if waiting or self._unwatchable:
             return []
-        self._stop()
-        if self._unwatchable:
-            return []
-        errors = self.start()
-        self._ask_rescan()
-        return errors
+        if not self._unwatched:
+            full = self._probe()
+            return self._new([full] if full is not None else [])
+        before = len(self._unwatched)
+        errors = self._watch_rest(set(threading.enumerate()))
+        if len(self._unwatched) < before:
+            self._ask_rescan()
+        return self._new(errors)
 
     def _stop(self) -> None:
         observer, self._observer, self._threads = self._observer, None, ()
@@ -336,6 +347,10 @@ def _no_watches() -> HostError:
         "not all folders are watched: the kernel's limit on inotify watches is reached",
         "raise fs.inotify.max_user_watches and start again; until then changes are found by full scans",
     )
+
+
+def _not_watched(path: str, why: str) -> HostError:
+    return HostError(f"{path} is not watched: {why}", "its files are found by full scans only")
 
 
 def _no_instance(error: OSError) -> HostError:

@@ -20,11 +20,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum {
-	PAGE = SA_PAGE_SIZE,
-	NPAGES = 64,
-	NSLOTS = 512
-};
+enum { PAGE = SA_PAGE_SIZE, NPAGES = 64, NSLOTS = 512 };
 
 static const uint8_t key[SA_FP_SIZE] = "a key of the pool: 32 bytes long";
 static uint8_t content[NPAGES * PAGE];
@@ -315,14 +311,10 @@ static void test_refused_runs(void)
 		struct sa_run run;
 		int error;
 	} wrong[] = {
-		{{NPAGES, 0, 1}, -ERANGE},
-		{{NPAGES - 1, 0, 2}, -ERANGE},
-		{{UINT32_MAX, 0, 1}, -ERANGE},
-		{{UINT32_MAX, 0, UINT32_MAX}, -ERANGE},
-		{{1, 0, UINT32_MAX}, -ERANGE},
-		{{0, NSLOTS, 1}, -ERANGE},
-		{{0, NSLOTS - 1, 2}, -ERANGE},
-		{{0, UINT32_MAX, 2}, -ERANGE},
+		{{NPAGES, 0, 1}, -ERANGE},     {{NPAGES - 1, 0, 2}, -ERANGE},
+		{{UINT32_MAX, 0, 1}, -ERANGE}, {{UINT32_MAX, 0, UINT32_MAX}, -ERANGE},
+		{{1, 0, UINT32_MAX}, -ERANGE}, {{0, NSLOTS, 1}, -ERANGE},
+		{{0, NSLOTS - 1, 2}, -ERANGE}, {{0, UINT32_MAX, 2}, -ERANGE},
 		{{0, 0, 0}, -EINVAL},
 	};
 	sa_segment *segment = make_segment();

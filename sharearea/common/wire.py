@@ -285,7 +285,7 @@ class Welcome(Message):
 
 @dataclass(frozen=True, slots=True)
 class Refused(Message):
-    """The domain may not share, or has to go. `reason`: a stable code; `text` names the rule; `retry_ms` 0: waiting will not help."""
+    """The domain may not share, or has to go: a stable code, the reason in words, how long to stay away (0: unsaid)."""
 
     TYPE: ClassVar[int] = 66
     reason: str = text(64)
@@ -508,7 +508,7 @@ class FrameReader:
         self._max_frame = max_frame
         self._buffer = bytearray()
 
-    def feed(self, data: bytes | memoryview) -> None:
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Add bytes that arrived."""
         self._buffer += data
 
