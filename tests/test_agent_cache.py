@@ -406,6 +406,11 @@ def test_a_disk_that_takes_no_more_is_told_once_and_served_from_memory(path: Pat
             assert not cache.renew(key(1), identity(40), identity(40, OLD + 1))
             cache.forget(key(2))
             assert cache.prune() == 0
+            cache.begin_scan()  # tries again
+            for number in range(2, 40):
+                cache.put(key(number), identity(4000), whole(4000), column(4000), NOW)
+            assert not cache.on_disk
+            assert cache.prune() == 0
             assert cache.take_errors() == []
         cache.begin_scan()
         assert cache.on_disk

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import errno
+import itertools
 import os
 import socket
 import subprocess
 import sys
 import textwrap
+import time
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import blake3
 import pytest
@@ -64,10 +66,9 @@ class Guest:
         self.clock = Clock()
         self.cache = FingerprintCache.open(self.cache_path, EPOCH, self.clock)
 
-    def scanner(self, timer: Callable[[], float] | None = None, **settings: object) -> Scanner:
-        given: dict[str, object] = {"root": os.fsencode(self.root), "folders": (os.fsencode(self.folder),)} | settings
-        more = {} if timer is None else {"timer": timer}
-        return Scanner(ScanSettings(**given), KEY, self.cache, self.clock, **more)  # type: ignore[arg-type]
+    def scanner(self, timer: Callable[[], float] | None = None, **settings: Any) -> Scanner:
+        values: dict[str, Any] = {"root": os.fsencode(self.root), "folders": (os.fsencode(self.folder),)} | settings
+        return Scanner(ScanSettings(**values), KEY, self.cache, self.clock, timer or time.monotonic)
 
     def reopen(self) -> None:
         self.cache.close()
@@ -182,7 +183,7 @@ def test_runs_and_page_numbers_are_the_same_said_twice(numbers: list[int]) -> No
     runs = runs_of(packed)
     assert expand(runs) == packed
     assert unpack_runs(pack_runs(runs)) == runs
-    assert all(sum(first) < second[0] for first, second in zip(runs, runs[1:], strict=False))  # maximal
+    assert all(sum(first) < second[0] for first, second in itertools.pairwise(runs))  # maximal
 
 
 @given(page_sets, page_sets)
@@ -402,7 +403,7 @@ def test_sizes_and_globs(guest: Guest) -> None:
     for name, size in (("empty", 0), ("small", 99), ("fit", 100), ("also.so", 5000), ("large", 5001)):
         guest.write(name, b"x" * size)
     guest.write("private/fit", b"x" * 100)
-    limits = {"min_file_bytes": 100, "max_file_bytes": 5000}
+    limits: dict[str, Any] = {"min_file_bytes": 100, "max_file_bytes": 5000}
     assert names(finished(guest.scanner(**limits).walk())) == [b"/usr/also.so", b"/usr/fit", b"/usr/private/fit"]
     own = guest.scanner(exclude=("/usr/private/**",), **limits)
     assert names(finished(own.walk())) == [b"/usr/also.so", b"/usr/fit"]
@@ -418,11 +419,6 @@ def test_sizes_and_globs(guest: Guest) -> None:
 
 
 def test_other_file_systems_are_left_out(guest: Guest) -> None:
-    assert os.stat("/dev").st_dev != os.stat("/proc").st_dev, "this test takes /proc for another file system"
-    reported = b"/proc/version"
-    inside = {"root": b"/", "folders": (b"/",), "min_file_bytes": 1}
-    assert finished(guest.scanner(**inside).look([reported])) == []
-    # /proc's files have no size, so nothing of it is observed; that the way there is barred shows by the error count.
     shm = Path("/dev/shm")
     assert shm.stat().st_dev != Path("/dev").stat().st_dev, "this test needs /dev/shm to be a file system of its own"
     file = shm / f"sharearea-test-{os.getpid()}"
@@ -430,9 +426,12 @@ def test_other_file_systems_are_left_out(guest: Guest) -> None:
     file.chmod(0o644)
     try:
         path = os.fsencode(file)
-        dev: dict[str, object] = {"root": b"/", "folders": (b"/dev",)}
+        dev: dict[str, Any] = {"root": b"/", "folders": (b"/dev",)}
         assert path not in names(finished(guest.scanner(**dev).walk()))
         assert finished(guest.scanner(**dev).look([path])) == []
+        barred = guest.scanner(**dev)
+        assert finished(barred.walk([b"/dev/shm"])) == []
+        assert barred.counters.errors == {"folder": 1}
         across = guest.scanner(one_file_system=False, **dev)
         assert path in names(finished(across.walk()))
         assert names(finished(across.look([path]))) == [path]
@@ -613,7 +612,40 @@ def test_a_young_file_is_not_read_again_before_it_can_be_trusted(guest: Guest) -
     assert scanner.counters.pages_fingerprinted == 6
 
 
+def test_what_was_read_too_early_is_not_mixed_with_what_is_read_later(guest: Guest) -> None:
+    guest.clock.ahead = -HOUR_NS  # nothing can be trusted
+    path = guest.write("x", pages(1024))
+    partly(path)
+    scanner = guest.scanner()
+    finished(scanner.walk())
+    scanner.take_counters()
+    fault_in(path, 100, 8)
+    seen = one(scanner.walk())
+    assert scanner.counters.pages_fingerprinted == seen.page_count  # all, not only those that are new
+
+
 # --------------------------------------------------------------------------------------------------------- the answers
+
+
+class Meddling(FingerprintCache):
+    """A cache during whose every look-up somebody changes a file."""
+
+    victim: Path
+
+    def fingerprints(self, key: FileKey, identity: FileIdentity, first: int, count: int) -> bytes | None:
+        found = super().fingerprints(key, identity, first, count)
+        os.utime(self.victim)
+        return found
+
+
+def test_fetch_sends_nothing_of_a_file_that_changed_while_it_was_read(guest: Guest) -> None:
+    path = guest.write("x", pages(4))
+    seen = one(guest.scanner().walk())
+    guest.cache.close()
+    guest.cache = meddling = Meddling.open(guest.cache_path, EPOCH, guest.clock)
+    meddling.victim = path
+    have, sent = guest.scanner().read_for_fetch(seen.path, seen.key, seen.identity, pack_runs([(0, 4)]))
+    assert (have, sent) == (bytes(4), b"")
 
 
 def test_fetch_sends_what_was_reported(guest: Guest) -> None:
@@ -763,7 +795,7 @@ def test_without_a_cache_file_everything_still_works(disk_path: Path) -> None:
     guest.cache.close()
 
 
-# ------------------------------------------------------------------------------------------------------ many, and kernels
+# ---------------------------------------------------------------------------------------------------- many, and kernels
 
 
 def test_twenty_thousand_small_files(guest: Guest) -> None:
@@ -780,20 +812,25 @@ def test_twenty_thousand_small_files(guest: Guest) -> None:
     walk = scanner.walk()
     batches = list(walk)
     assert max(len(batch) for batch in batches) <= BATCH_FILES
-    assert sum(len(batch) for batch in batches) == len(walk.seen) == 20_000
+    files = {seen.path: seen for batch in batches for seen in batch}
+    assert len(files) == len(walk.seen) == 20_000
+    # The kernel may have dropped some of so many meanwhile, most of all on a busy machine.
+    held = {path for path, seen in files.items() if seen.page_count}
+    assert len(held) > 10_000
     counters = scanner.take_counters()
-    assert (counters.files, counters.pages_fingerprinted, counters.errors) == (20_000, 20_000, {})
+    assert (counters.files, counters.pages_fingerprinted, counters.errors) == (20_000, len(held), {})
     for number in range(200):
         (guest.folder / "07" / f"{number}").unlink()
     guest.reopen()
     scanner = guest.scanner()
     again = scanner.walk()
-    assert len(finished(again)) == 19_800
-    assert scanner.counters.cache_hits == 19_800
-    assert scanner.counters.bytes_read == 0
+    still = {seen.path for seen in finished(again) if seen.page_count}
+    assert len(again.seen) == 19_800
+    assert scanner.counters.cache_hits == len(still & held)
+    assert scanner.counters.pages_fingerprinted == len(still - held)
     assert sorted(vanished(walk.seen, again.seen)) == sorted(b"/usr/07/%d" % number for number in range(200))
     guest.cache.begin_scan()
-    assert guest.cache.prune() == 19_800  # the walk itself had dropped the other 200
+    assert guest.cache.prune() == len(again.seen & (held | still))  # the walk itself had dropped the other 200
 
 
 # seccomp(2): the kernel answers ENOSYS to cachestat (451 on every architecture), as kernels before 6.5 do.
@@ -853,20 +890,3 @@ def test_a_kernel_without_cachestat(guest: Guest) -> None:
         f"/usr/whole 10 {root_of(data[:40960]).hex()} ",
     ]
     assert lines == sorted([*expected, *expected, f"{(held + 10) * PAGE} {{}}", "0 {}"])
-
-
-def test_errors_are_counted_by_kind(guest: Guest) -> None:
-    assert os.strerror(errno.EACCES)
-    path = guest.write("x", pages(1))
-    path.chmod(0o604)
-    if os.geteuid() == 0:
-        # root may read everything: a link where a folder is expected is an error that it gets, too.
-        (guest.folder / "link").symlink_to(guest.folder)
-        scanner = guest.scanner()
-        finished(scanner.look([b"/usr/link/x", b"/usr/link/y"]))
-        assert scanner.counters.errors == {"symlink": 2}
-    else:
-        path.chmod(0o004)
-        scanner = guest.scanner()
-        assert finished(scanner.walk()) == []
-        assert scanner.counters.errors == {"permission": 1}
