@@ -1,0 +1,2633 @@
+"""A whole host in one process: one real Engine, one real Store, several real Agents, and everything else a fake.
+
+Run as `python -m tests.sim --seeds 0:2000` (or `--seed N --steps M --verbose`, or `--mutants`). A seed decides
+everything: the same seed takes the same steps. Every message is really encoded and decoded. The fakes are the clock,
+links, areas, file systems with leases, page caches, consumers, the runner of each agent and the broker's loop; these
+two do what runner.py and broker.py do with events and actions, in the same order. What is checked, and when:
+
+I1  every segment that a domain has, and every slot that a consumer maps, is its own pool's and was granted to it;
+I2  no slot is written once it has been published; a segment is written only by the broker that created it;
+I3  at its publication, and at the end, a slot's bytes have the fingerprint that the table and the store have for it;
+I4  a slot of an area is published once; when it is freed, no consumer of a connected agent maps it, nor one of an agent
+    whose grace time has not ended;
+I5  a view equals the file page by page when it is made, and a file changes only when no view of it is left; left out
+    are consumers that hang beyond the agent's patience, and those whose agent has died or hangs for too long;
+I6  after every step of the engine: owners in the index = owners in the store, slots taken = slots in the store (changes
+    that a full store refused counted in); of a connected domain: owners = grants its agent holds, but for Granted and
+    Withdraw on the way to it and Release on the way from it;
+I7  the engine and the agents never raise; actions per event are bounded; at rest every page that k domains can deliver
+    is in the area, every file is offered, every consumer has what is offered; when all have left, nothing is left;
+I8  after a detach every consumer is on plain files.
+k   a page is wanted only when k domains of its pool hold it; a grant brings only content that the domain reported;
+    nothing sent to a domain has another pool's key or area in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, cast
+
+from sharearea import engine as engine_module
+from sharearea.common import wire
+from sharearea.common.errors import ProtocolError
+from sharearea.common.native import NativePageTable
+from sharearea.engine import Engine, PoolSetup
+from sharearea.engine import Settings as EngineSettings
+from sharearea.index import PoolIndex
+from sharearea.model import (
+    Action,
+    Change,
+    CloseSegment,
+    Commit,
+    CommitFailed,
+    Committed,
+    Disconnect,
+    Event,
+    Fill,
+    Filled,
+    FillFailed,
+    Identity,
+    Log,
+    Malformed,
+    Move,
+    OwnerCleared,
+    OwnerSet,
+    PeerClosed,
+    PeerConnected,
+    PoolOpened,
+    PoolRecord,
+    Received,
+    SegmentClosed,
+    SegmentOpened,
+    Send,
+    SendSegment,
+    SlotsFilled,
+    SlotsFreed,
+    Tick,
+    Verdict,
+)
+from sharearea.pagetable import PageTable, ReferencePageTable
+from sharearea.policy import DomainRule, Policy, PoolRules
+from sharearea.store import Store
+from sharearea_agent import agent as ag
+from sharearea_agent import consumer_wire as cw
+from sharearea_agent.agent import Agent, FileIdentity, FileKey, Observation, Stage
+from sharearea_agent.common import wire as agent_wire
+
+PAGE: Final = wire.PAGE_SIZE
+FP: Final = wire.FINGERPRINT_SIZE
+LEASE_BREAK_TIME: Final = 45.0
+LATENCY: Final = 2.0  # nothing is under way for longer, unless a fault holds it up
+STEPS: Final = 400
+SEEDS: Final = 2000
+
+
+class Violation(AssertionError):
+    """An invariant does not hold."""
+
+
+def check(ok: object, name: str, text: str = "", *more: object) -> None:
+    if not ok:
+        raise Violation(f"{name}: {text} {' '.join(map(repr, more))}".rstrip())
+
+
+# ----------------------------------------------------------------------------------------------------------- content
+
+
+@functools.cache
+def content_of(symbol: int) -> bytes:
+    """The bytes of a page; symbol 0 is the zero page."""
+    return symbol.to_bytes(8, "little") * (PAGE // 8)
+
+
+@functools.lru_cache(maxsize=4096)
+def fingerprint(key: bytes, page: bytes) -> bytes:
+    return hashlib.blake2b(page, key=key, digest_size=FP).digest()
+
+
+def file_root(size: int, fingerprints: bytes) -> bytes:
+    return hashlib.blake2b(size.to_bytes(8, "little") + fingerprints, digest_size=FP, person=b"root").digest()
+
+
+def u32s(values: Any) -> bytes:
+    return array("I", values).tobytes()
+
+
+def ints(column: bytes) -> array[int]:
+    return array("I", column)
+
+
+def triples(runs: bytes) -> list[tuple[int, int, int]]:
+    values = ints(runs)
+    return list(zip(values[0::3], values[1::3], values[2::3], strict=True))
+
+
+def pages_of(runs: bytes) -> dict[int, int]:
+    """Page -> slot."""
+    return {page + i: slot + i for page, slot, count in triples(runs) for i in range(count)}
+
+
+# -------------------------------------------------------------------------------------------------------- what varies
+
+
+@dataclass
+class Plan:
+    """What a seed decides before the first step."""
+
+    native: bool
+    fd_store: bool
+    k: dict[str, int]
+    max_domains: int
+    max_files: int
+    max_bytes: int
+    max_pages: int
+    slots_per_segment: int
+    max_segments: int
+    pending_pages: int
+    batches: tuple[int, ...]  # files, pages, fetch, ids, attach, runs
+    sweep: int
+    guests: int
+    liars: int
+    crash: float  # per action of the broker
+    fill_failure: float
+    commit_failure: float
+    queue_full: float
+    cut: float  # weights of steps
+    agent_crash: float
+    hang: float
+    racy: float
+    symbols: int
+    key_lost: float
+    drop: bool
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> Plan:
+        def sometimes(p: float, value: float) -> float:
+            return value if rng.random() < p else 0.0
+
+        calm = rng.random() < 0.15
+        faults = 0.0 if calm else 1.0
+        sizes = (
+            rng.choice((2, 3, 256)),
+            rng.choice((2, 5, 4096)),
+            rng.choice((1, 2, 3, 255)),
+            rng.choice((13, 4096)),  # the codec takes no longer array either, and Welcome has 13 entries
+            rng.choice((1, 2, 64)),
+            rng.choice((1, 3, 65_536, 65_536)),
+        )
+        return cls(
+            native=rng.random() < 0.5,
+            fd_store=rng.random() < 0.75,
+            k={"p0": rng.choice((2, 2, 3)), "p1": 2},
+            max_domains=rng.choice((3, 4, 8, 8)),
+            max_files=rng.choice((3, 6, 100, 100)),
+            max_bytes=rng.choice((10, 24, 10_000, 10_000)) * PAGE,
+            max_pages=rng.choice((6, 14, 1000, 1000)),
+            slots_per_segment=rng.choice((4, 8, 16)) if sizes[2] != 255 else 255,
+            max_segments=rng.choice((2, 1000, 1000, 1000)),
+            pending_pages=rng.choice((1, 4, 1000)),
+            batches=sizes,
+            sweep=rng.choice((1, 3, 256)),
+            guests=rng.choice((2, 3, 4, 5)),
+            liars=0 if calm else rng.choice((0, 0, 1, 2)),
+            crash=faults * sometimes(0.6, 0.006),
+            fill_failure=faults * sometimes(0.3, 0.15),
+            commit_failure=faults * sometimes(0.3, 0.1),
+            queue_full=faults * sometimes(0.2, 0.004),
+            cut=faults * sometimes(0.5, 1.5),
+            agent_crash=faults * sometimes(0.4, 0.8),
+            hang=faults * sometimes(0.4, 1.5),
+            racy=faults * sometimes(0.2, 0.3),
+            symbols=rng.choice((3, 8, 20)),
+            key_lost=rng.choice((0.0, 0.3)),
+            drop=rng.random() < 0.7,
+        )
+
+
+@functools.lru_cache(maxsize=512)
+def _rules(name: str, k: int, max_domains: int, max_files: int, max_bytes: int, max_pages: int) -> PoolRules:
+    return PoolRules(
+        name,
+        exclude=("**/secret*",),
+        min_file_bytes=1,
+        k=k,
+        max_domains=max_domains,
+        max_files=max_files,
+        max_bytes=max_bytes,
+        max_pages=max_pages,
+    )
+
+
+_BATCHES: Final = (
+    "MAX_REPORT_FILES",
+    "MAX_REPORT_PAGES",
+    "MAX_FETCH_PAGES",
+    "MAX_IDS",
+    "MAX_ATTACH",
+    "MAX_GRANT_RUNS",
+)
+
+
+@contextlib.contextmanager
+def small_batches(plan: Plan) -> Iterator[None]:
+    """Make both sides fill messages after a few entries, so that many of them are needed."""
+    modules = (wire, agent_wire)
+    before = [(module, name, getattr(module, name)) for module in modules for name in _BATCHES]
+    sweep = engine_module._SWEEP
+    try:
+        for module in modules:
+            for name, value in zip(_BATCHES, plan.batches, strict=True):
+                setattr(module, name, value)
+        cast(Any, engine_module)._SWEEP = plan.sweep
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+        cast(Any, engine_module)._SWEEP = sweep
+
+
+# ------------------------------------------------------------------------------------------------------ time and order
+
+
+class Channel:
+    """Things under way to one receiver, in their order. `ready` says whether the receiver takes anything now."""
+
+    __slots__ = ("deliver", "items", "name", "ready")
+
+    def __init__(self, name: str, deliver: Callable[[Any], None], ready: Callable[[], bool]) -> None:
+        self.name = name
+        self.deliver = deliver
+        self.ready = ready
+        self.items: deque[tuple[float, Any]] = deque()
+
+
+# -------------------------------------------------------------------------------------------------- the sharing area
+
+
+@dataclass(eq=False)
+class Segment:
+    pool: str
+    area: bytes
+    number: int
+    ino: int
+    writable: bool = True
+    slots: dict[int, bytes] = field(default_factory=dict)
+
+
+class CheckedTable:
+    """A page table that watches what the engine does with it (I3, I4, k)."""
+
+    def __init__(self, world: World, pool: str, area: bytes, inner: PageTable) -> None:
+        self._world = world
+        self._pool = pool
+        self._area = area
+        self._inner = inner
+        self.taken: dict[int, bytes] = {}  # slot -> fingerprint, until it is reported as freed
+        self.restoring = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def want(self, ids: bytes, k: int) -> bytes:
+        positions = self._inner.want(ids, k)
+        if positions:
+            self._world.check_k(self._pool, [ids[p * 4 : p * 4 + 4] for p in ints(positions)])
+        return positions
+
+    def publish(self, ids: bytes, slots: bytes) -> bytes:
+        world = self._world
+        fps = self._inner.fps(ids)
+        freed = self._inner.publish(ids, slots)
+        gone = set(ints(freed))
+        published = world.published.setdefault(self._area, {})
+        for at, slot in enumerate(ints(slots)):
+            fp = fps[at * FP : at * FP + FP]
+            check(world.slot_fingerprint(self._pool, slot) == fp, "I3", "published with other bytes", slot)
+            check(world.shadow[self._pool].slots.get(slot) == fp, "I6", "published but not in the store", slot)
+            if self.restoring:
+                check(published.get(slot, fp) == fp, "I4", "restored with another page", slot)
+            else:
+                check(slot not in published, "I4", "published twice", slot)
+            published[slot] = fp
+            if slot not in gone:
+                self.taken[slot] = fp
+        self._free(freed)
+        return freed
+
+    def unmark(self, ids: bytes, holder: int) -> None:
+        self._inner.unmark(ids, holder)
+
+    def unref(self, ids: bytes) -> bytes:
+        freed = self._inner.unref(ids)
+        self._free(freed)
+        return freed
+
+    def unmap(self, runs: bytes) -> bytes:
+        freed = self._inner.unmap(runs)
+        self._free(freed)
+        return freed
+
+    def map(self, runs: bytes) -> None:
+        self._inner.map(runs)
+        published = self._world.published[self._area]
+        for slot in pages_of(runs).values() if runs else ():
+            self.taken.setdefault(slot, published[slot])
+
+    def _free(self, freed: bytes) -> None:
+        for slot in ints(freed):
+            self.taken.pop(slot, None)
+            if not self.restoring:
+                self._world.check_freed(self._pool, self._area, slot)
+
+
+# --------------------------------------------------------------------------------------------------------- the broker
+
+
+class Crash(Exception):
+    """The broker ends here."""
+
+
+@dataclass(eq=False)
+class Link:
+    """One connection; `peer` is its number on the broker's side."""
+
+    peer: int
+    guest: Guest | Liar
+    up: Channel
+    down: Channel
+    broker_open: bool = True
+    guest_open: bool = True
+    cut: bool = False  # broken, and not both sides know it
+    reader_up: wire.FrameReader = field(default_factory=wire.FrameReader)
+    reader_down: agent_wire.FrameReader = field(default_factory=agent_wire.FrameReader)
+
+
+@dataclass
+class Reported:
+    """What a peer has said of one file, as the broker's side of the link saw it."""
+
+    root: bytes
+    size: int
+    pages: dict[int, bytes] = field(default_factory=dict)
+
+
+class Broker:
+    """The loop of broker.py over fakes."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.engine: Engine | None = None
+        self.links: dict[int, Link] = {}
+        self.reported: dict[int, dict[int, Reported]] = {}
+        self.areas: dict[str, dict[int, Segment]] = {"p0": {}, "p1": {}}
+        self.area_ids: dict[str, bytes] = {}
+        self.tables: dict[str, CheckedTable] = {}
+        self.keys: dict[str, tuple[bytes, bytes]] = {}
+        self.left_at: dict[tuple[str, str], float] = {}
+        self.working = False
+        for pool in self.areas:
+            self._new_key(pool)
+
+    def _new_key(self, pool: str) -> None:
+        self.keys[pool] = (self.world.random_bytes(32), self.world.random_bytes(16))
+
+    def start(self) -> None:
+        world, plan = self.world, self.world.plan
+        records = world.store.load()
+        world.check_store(records)
+        lost = not plan.fd_store
+        setups = {}
+        for pool, segments in self.areas.items():
+            record = records.get(pool)
+            for segment in segments.values():
+                segment.writable = False
+            if (
+                lost
+                or record is None
+                or any(
+                    number not in segments or segments[number].ino != ino
+                    for number, (_, ino) in record.segments.items()
+                )
+            ):
+                record = None
+                segments.clear()
+                self.area_ids[pool] = world.random_bytes(16)
+                if world.chance(plan.key_lost):
+                    self._new_key(pool)
+            else:
+                for number in [n for n in segments if n not in record.segments]:
+                    del segments[number]
+                self.area_ids[pool] = record.area
+            key, epoch = self.keys[pool]
+            area = self.area_ids[pool]
+            make = cast(Callable[..., PageTable], NativePageTable if plan.native else ReferencePageTable)
+            inner = make(bytes(40), fingerprint(key, content_of(0)), plan.max_domains, plan.max_pages)
+            table = self.tables[pool] = CheckedTable(world, pool, area, inner)
+            table.restoring = True
+            setups[pool] = PoolSetup(area, epoch, key, plan.slots_per_segment, cast(PageTable, table), record)
+        settings = EngineSettings(pending_pages=plan.pending_pages, fetches_per_peer=world.rng.choice((1, 4)))
+        self.engine = Engine(world.policy, setups, world.file_root, settings)
+        self.left_at = {(pool, guest.name): world.now for pool in setups for guest in world.guests}
+        world.say("broker starts")
+        self._carry_out(lambda engine: engine.start(world.now))
+        for table in self.tables.values():
+            table.restoring = False
+
+    def feed(self, event: Event) -> None:
+        if self.engine is not None:
+            self._carry_out(lambda engine: engine.handle(event, self.world.now), event)
+
+    def _carry_out(self, first: Callable[[Engine], list[Action]], event: Event | None = None) -> None:
+        """Carry out actions in order; hand an outcome back at once, and what follows from it goes to the end."""
+        assert self.engine is not None
+        world = self.world
+        self.working = True
+        try:
+            work = deque(self._bounded(first(self.engine), event))
+            while work:
+                self._crash_here()
+                outcome = self._act(work.popleft())
+                if outcome is not None:
+                    self._crash_here()
+                    work.extend(self._bounded(self.engine.handle(outcome, world.now), outcome))
+        except Crash:
+            self.crash()
+            return
+        finally:
+            self.working = False
+        world.check_engine()
+
+    def _bounded(self, actions: list[Action], event: Event | None) -> list[Action]:
+        bound = 64 * len(self.areas) + 40 * (len(self.links) + 1) + 400
+        check(len(actions) < bound, "I7", f"{len(actions)} actions at once", type(event).__name__)
+        return actions
+
+    def _crash_here(self) -> None:
+        if self.world.chance(self.world.plan.crash):
+            raise Crash
+
+    def crash(self) -> None:
+        world = self.world
+        world.say("broker crashes")
+        self.engine = None
+        for link in list(self.links.values()):
+            link.up.items.clear()
+            for _ in range(world.rng.randrange(3)):
+                if link.down.items and world.chance(0.3):
+                    link.down.items.pop()
+            self.close_link(link)
+        self.links.clear()
+
+    def close_link(self, link: Link) -> None:
+        """Close the broker's end: what was sent before still arrives."""
+        if link.broker_open:
+            link.broker_open = False
+            self.links.pop(link.peer, None)
+            link.up.items.clear()
+            if link.guest_open:
+                self.world.put(link.down, None)
+
+    def _act(self, action: Action) -> Event | None:
+        world = self.world
+        match action:
+            case Send():
+                return self._send(action.peer, action.message, None)
+            case SendSegment():
+                segment = self.areas[action.pool].get(action.segment)
+                check(segment is not None, "I6", "a segment is sent that the area does not have", action.segment)
+                return self._send(action.peer, wire.Segment(action.segment), segment)
+            case Disconnect():
+                link = self.links.get(action.peer)
+                if link is not None:
+                    self.close_link(link)
+            case Fill():
+                return self._fill(action.token, action.pool, action.first, action.pages, action.want)
+            case Move():
+                pages = b"".join(world.slot_bytes(action.pool, slot) for slot in ints(action.slots))
+                return self._fill(action.token, action.pool, action.first, pages, action.want)
+            case Commit():
+                if world.faults and world.chance(world.plan.commit_failure):
+                    return CommitFailed(action.token, "full")
+                world.commit(action.changes)
+                return Committed(action.token)
+            case CloseSegment():
+                area = self.areas[action.pool]
+                check(action.segment in area, "I6", "a segment is closed that is not there", action.segment)
+                del area[action.segment]
+            case Log():
+                world.say("log", action)
+                if action.event == "peer.strike" and action.fields["reason"] not in ("no-answer", "no-hello"):
+                    honest = action.fields["domain"] in {guest.name for guest in world.guests}
+                    check(not honest, "I7", "an honest domain is punished", action)
+        return None
+
+    def _fill(self, token: int, pool: str, first: int, pages: bytes, want: bytes) -> Event:
+        world = self.world
+        per_segment = world.plan.slots_per_segment
+        area, key = self.areas[pool], self.keys[pool][0]
+        number = first // per_segment
+        count = len(want) // FP
+        check(len(pages) == count * PAGE, "I7", "fill with pages of another number")
+        check((first + count - 1) // per_segment == number, "I7", "a fill over the end of a segment", first, count)
+        full = number not in area and len(area) >= world.plan.max_segments and world.faults
+        if full or (world.faults and world.chance(world.plan.fill_failure)):
+            return FillFailed(token, "full")
+        opened: tuple[tuple[int, int, int], ...] = ()
+        if number not in area:
+            world.inode += 1
+            area[number] = Segment(pool, self.area_ids[pool], number, world.inode)
+            opened = ((number, 7, world.inode),)
+        segment = area[number]
+        check(segment.writable, "I2", "a segment of an earlier broker is written", number)
+        published = world.published.get(self.area_ids[pool], {})
+        ok = bytearray()
+        for i in range(count):
+            check(first + i not in published, "I2", "a published slot is written", first + i)
+            page = pages[i * PAGE : i * PAGE + PAGE]
+            segment.slots[(first + i) % per_segment] = page
+            ok.append(fingerprint(key, page) == want[i * FP : i * FP + FP])
+        return Filled(token, bytes(ok), opened)
+
+    def _send(self, peer: int, message: wire.Message, fd: Segment | None) -> Event | None:
+        world = self.world
+        link = self.links.get(peer)
+        if link is None:
+            return None
+        if world.faults and world.chance(world.plan.queue_full):
+            self.close_link(link)
+            return PeerClosed(peer, "its queue is full")
+        frame = wire.BROKER_TO_AGENT.encode(message)
+        world.check_sent(link, message, frame, fd)
+        world.put(link.down, (frame, message, fd))
+        return None
+
+    def receive(self, link: Link, item: Any) -> None:
+        """Take what arrived on a link: bytes, or its end."""
+        if not link.broker_open:
+            return
+        if item is None:
+            link.broker_open = False
+            self.links.pop(link.peer, None)
+            self.feed(PeerClosed(link.peer, "closed"))
+            return
+        try:
+            link.reader_up.feed(item[0])
+            for payload in link.reader_up:
+                message = wire.AGENT_TO_BROKER.decode(payload)
+                self._note(link.peer, message)
+                if link.broker_open:
+                    self.feed(Received(link.peer, message))
+        except ProtocolError as error:
+            self.feed(Malformed(link.peer, error.message))
+
+    def _note(self, peer: int, message: wire.Message) -> None:
+        files = self.reported.setdefault(peer, {})
+        if isinstance(message, wire.Roots):
+            sizes = array("Q", message.sizes)
+            for at, file in enumerate(ints(message.ids)):
+                files[file] = Reported(message.roots[at * FP : at * FP + FP], sizes[at])
+        elif isinstance(message, wire.Pages) and len(message.fingerprints) <= FP * wire.MAX_REPORT_PAGES:
+            at = 0
+            for file, first, count in triples(message.parts):
+                for i in range(min(count, 4096)):
+                    if file in files:
+                        files[file].pages[first + i] = message.fingerprints[at : at + FP]
+                    at += FP
+
+
+# --------------------------------------------------------------------------------------------------- a guest's files
+
+
+@dataclass(eq=False)
+class Lease:
+    """A read lease of one agent; `deadline` is set when a writer waits for it."""
+
+    guest: Guest
+    serial: int  # of the agent's process
+    deadline: float | None = None
+
+
+@dataclass(eq=False)
+class Inode:
+    key: FileKey
+    symbols: list[int]
+    tail: int  # bytes of the last page that are past the end of the file
+    stamp: int
+    resident: set[int]
+    leases: list[Lease] = field(default_factory=list)
+    waiting: deque[Callable[[], None]] = field(default_factory=deque)
+    writing: Callable[[], None] | None = None  # finishes what a writer is in the middle of
+    racy: bool = False  # changed, and its times did not
+
+    @property
+    def size(self) -> int:
+        return len(self.symbols) * PAGE - self.tail
+
+    @property
+    def identity(self) -> FileIdentity:
+        return FileIdentity(self.size, self.stamp, self.stamp)
+
+
+@dataclass(eq=False)
+class View:
+    """What one consumer has of one file: where it is not in `shared`, it reads the file itself."""
+
+    inode: Inode
+    pages: int
+    size: int
+    shared: dict[int, tuple[Segment, int]] = field(default_factory=dict)
+    stale: bool = False  # the file has changed under it, as it may where the consumer or its agent hangs
+    answered: str | None = None
+
+
+class Consumer:
+    """A program with our library in it."""
+
+    def __init__(self, guest: Guest, number: int) -> None:
+        self.guest = guest
+        self.number = number
+        self.views: dict[int, View] = {}
+        self.segments: dict[int, Segment] = {}
+        self.next_handle = 0
+        self.hung = False
+        self.changed_at = -100.0  # when it last began or ceased to hang
+        self.alive = True
+        self.connected = False
+        world = guest.world
+        name = f"{guest.name}.{number}"
+        self.inbox = Channel(f"agent->{name}", self._receive, lambda: self.alive and not self.hung)
+        self.outbox = Channel(f"{name}->agent", self._sent, guest.awake)
+        world.channels += [self.inbox, self.outbox]
+
+    def _sent(self, item: Any) -> None:
+        self.guest.from_consumer(self, item)
+
+    def send(self, message: agent_wire.Message, inode: Inode | None = None) -> None:
+        if self.connected:
+            self.guest.world.put(self.outbox, (cw.CONSUMER_TO_AGENT.encode(message), inode))
+
+    def connect(self) -> None:
+        """Connect to the agent that runs now, and tell it what is open."""
+        if self.connected or self.guest.agent is None:
+            return
+        self.connected = True
+        self.guest.consumers[self.number] = self
+        for handle, view in self.views.items():
+            self.send(cw.Open(handle, view.size), view.inode)
+
+    def open(self, inode: Inode) -> None:
+        self.next_handle += 1
+        self.views[self.next_handle] = View(inode, len(inode.symbols), inode.size)
+        self.send(cw.Open(self.next_handle, inode.size), inode)
+
+    def close(self, handle: int) -> None:
+        del self.views[handle]
+        self.send(cw.Close(handle))
+
+    def die(self) -> None:
+        self.alive = False
+        self.views.clear()
+        self.segments.clear()
+        self.inbox.items.clear()
+        if self.connected:
+            self.guest.world.put(self.outbox, None)
+
+    def _receive(self, item: Any) -> None:
+        if item is None:  # the agent is gone
+            self.connected = False
+            self.outbox.items.clear()
+            for view in self.views.values():
+                view.shared, view.stale = {}, False
+            self.segments.clear()
+            return
+        frame, fd = item
+        message = cw.AGENT_TO_CONSUMER.decode(frame[4:])
+        match message:
+            case cw.ShareSegment():
+                check(message.number not in self.segments, "I1", "the number of a segment is used again")
+                self.segments[message.number] = fd
+            case cw.SegmentsGone():
+                for number in ints(message.numbers):
+                    self.segments.pop(number, None)
+            case cw.Plain():
+                if message.handle in self.views:
+                    self.views[message.handle].answered = message.reason
+            case cw.Share():
+                self._share(message)
+            case cw.Unshare():
+                if message.handle in self.views:
+                    view = self.views[message.handle]
+                    view.shared, view.stale = {}, False
+                self.send(cw.LetGo(message.handle, message.generation))
+
+    def _share(self, share: cw.Share) -> None:
+        view = self.views.get(share.handle)
+        if view is None:
+            self.send(cw.Mapped(share.handle, share.generation, 0, cw.MAPPED_NO_ROOM))
+            return
+        world = self.guest.world
+        view.answered = ""
+        view.shared, view.stale = {}, False
+        outcome = cw.MAPPED_DONE
+        shared: dict[int, tuple[Segment, int]] = {}
+        if view.inode.size != view.size or world.chance(0.03):
+            outcome = cw.MAPPED_NO_ROOM
+        else:
+            for (page, slot, count), number in zip(triples(share.runs), ints(share.segments), strict=True):
+                segment = self.segments.get(number)
+                check(segment is not None, "I1", "handles of a segment that was not sent")
+                assert segment is not None
+                for i in range(count):
+                    if page + i >= view.pages or segment.slots[slot + i] != content_of(view.inode.symbols[page + i]):
+                        outcome = cw.MAPPED_DIFFERENT
+                    shared[page + i] = (segment, slot + i)
+        if outcome == cw.MAPPED_DONE:
+            view.shared = shared
+            world.check_view(self, view)
+        else:
+            shared = {}
+            if outcome == cw.MAPPED_DIFFERENT:
+                check(view.inode.racy or self.guest.excused(), "I5", "an unchanged file differs")
+        self.send(cw.Mapped(share.handle, share.generation, len(shared), outcome))
+
+
+# --------------------------------------------------------------------------------------------- an agent and its runner
+
+
+class Guest:
+    """A domain: its files, its consumers, and the loop of runner.py around the real agent."""
+
+    def __init__(self, world: World, number: int, name: str, uid: int, pool: str) -> None:
+        self.world = world
+        self.number = number
+        self.name = name
+        self.uid = uid
+        self.pool = pool
+        self.fs: dict[bytes, Inode] = {}
+        self.free_inodes: list[int] = []
+        self.next_inode = 0
+        self.agent: Agent | None = None
+        self.serial = 0
+        self.instance = b""
+        self.link: Link | None = None
+        self.events: deque[ag.Event] = deque()
+        self.cache: dict[tuple[FileKey, FileIdentity], dict[int, bytes]] = {}
+        self.epoch = b""
+        self.key = b""
+        self.limits = (1, 1 << 40)
+        self.segments: dict[int, tuple[int, Segment]] = {}  # number in the area -> (number for consumers, segment)
+        self.consumers: dict[int, Consumer] = {}
+        self.next_consumer = 0
+        self.programs: list[Consumer] = []
+        self.open_files: dict[FileKey, tuple[Inode, set[tuple[int, int]]]] = {}
+        self.given: dict[int, set[int]] = {}
+        self.granted: set[tuple[bytes, int]] = set()
+        self.told: set[int] = set()  # files whose grants the broker has withdrawn
+        self.wanted: deque[ag.SendPages] = deque()
+        self.stalled_until = -100.0
+        self.stalled_long = False
+        self.kernel = Channel(f"kernel->{name}", self._signal, self.awake)
+        self.worker = Channel(f"worker->{name}", self._worked, self.awake)
+        world.channels += [self.kernel, self.worker]
+
+    def awake(self) -> bool:
+        return self.agent is not None and self.world.now >= self.stalled_until
+
+    # ------------------------------------------------------------------------------------------------ start and end
+
+    def start(self) -> None:
+        world = self.world
+        self.serial += 1
+        self.instance = world.random_bytes(16)
+        settings = ag.Settings(
+            name=self.name,
+            version="1",
+            instance=self.instance,
+            drop=world.plan.drop,
+            max_attached_files=world.rng.choice((2, 100, 100)),
+        )
+        self.agent = Agent(settings, world.rng.random)
+        self.stalled_until = 0.0
+        world.say(self.name, "starts")
+        for program in self.programs:
+            if program.alive and not program.hung:
+                program.connect()
+
+    def kill(self) -> None:
+        """The agent's process ends: its leases, descriptors and connections go with it."""
+        if self.agent is None:
+            return
+        world = self.world
+        world.say(self.name, "dies")
+        self.agent = None
+        self.events.clear()
+        if self.link is not None:
+            self.hang_up()
+        for consumer in list(self.consumers.values()):
+            consumer.outbox.items.clear()
+            world.put(consumer.inbox, None)
+        self.consumers.clear()
+        self.given.clear()
+        self.open_files.clear()
+        self.segments.clear()
+        self.wanted.clear()
+        self.cache.clear()
+        self.epoch = b""
+        self.kernel.items.clear()
+        self.worker.items.clear()
+        for inode in world.inodes_of(self):
+            inode.leases = [lease for lease in inode.leases if lease.guest is not self]
+            world.writers_go_on(inode)
+
+    # ------------------------------------------------------------------------------------------------------- rounds
+
+    def feed(self, *events: ag.Event) -> None:
+        self.events.extend(events)
+        if self.world.chance(0.85):
+            self.drain()
+
+    def drain(self) -> None:
+        """Hand queued events to the state machine; outcomes of actions queue behind them, as in runner.py."""
+        world = self.world
+        while self.events and self.agent is not None:
+            event = self.events.popleft()
+            actions = self.agent.handle(event, world.now)
+            check(len(actions) < 400, "I7", f"{len(actions)} actions of an agent at once")
+            for action in actions:
+                if world.faults and world.chance(world.plan.agent_crash * 0.0006):
+                    self.kill()
+                    return
+                self._act(action)
+        if self.agent is not None:
+            world.check_agent(self)
+
+    def tick(self) -> None:
+        if not self.awake():
+            return
+        self.events.append(ag.Tick(4096))
+        for key in [key for key, (_, uses) in self.open_files.items() if not uses]:
+            inode, _ = self.open_files.pop(key)
+            self._drop_lease(inode)  # the descriptor's end is the lease's end
+        if self.epoch and self.world.scanning and self.world.chance(0.3):
+            self.scan()
+        self.drain()
+
+    def scan(self) -> None:
+        paths = list(self.fs)
+        if self.agent is not None:
+            paths += [path for path in self.agent.paths() if path not in self.fs]
+        for path in paths:
+            self.look(path)
+
+    def look(self, path: bytes) -> None:
+        if self.epoch:
+            self.world.put(self.worker, ("look", self.epoch, self._look(path)))
+
+    def _look(self, path: bytes) -> ag.Event:
+        """What the scanner sees of a path now; the state machine hears of it later."""
+        inode = self.fs.get(path)
+        if inode is None or not self.limits[0] <= inode.size <= self.limits[1]:
+            return ag.Vanished((path,))
+        entry = self.cache.setdefault((inode.key, inode.identity), {})
+        pages = sorted(inode.resident)
+        for page in pages:
+            if page not in entry:
+                entry[page] = fingerprint(self.key, content_of(inode.symbols[page]))
+        root = None
+        if len(pages) == len(inode.symbols):
+            root = file_root(inode.size, b"".join(entry[page] for page in pages))
+        zero = fingerprint(self.key, content_of(0))
+        seen = Observation(
+            path,
+            inode.key,
+            inode.identity,
+            root,
+            None if root is not None else u32s(pages),
+            len(pages),
+            sum(entry[page] == zero for page in pages),
+        )
+        return ag.Observed((seen,))
+
+    def report(self) -> None:
+        """The link has room: page fingerprints that were asked for, then the next roots."""
+        if self.link is None or not self.awake():
+            return
+        if self.wanted:
+            self._send_pages(self.wanted.popleft())
+        if self.agent is not None and self.agent.reporting:
+            self.feed(ag.LinkReady())
+
+    # ------------------------------------------------------------------------------------------------------- events
+
+    def _signal(self, key: FileKey) -> None:
+        if key in self.open_files:
+            self.feed(ag.LeaseBroken(key))
+
+    def _worked(self, item: tuple[str, Any, Any]) -> None:
+        kind, tag, result = item
+        if kind == "look":
+            if tag == self.epoch:
+                self.feed(result)
+        elif kind == "data":
+            if tag is self.link:
+                self._send(result)
+        else:
+            self.feed(result)
+
+    def from_broker(self, link: Link, item: Any) -> None:
+        if self.link is not link or self.agent is None:
+            return
+        if item is None:
+            self.hang_up()
+            self.feed(ag.LinkDown("closed"))
+            return
+        link.reader_down.feed(item[0])
+        for payload in link.reader_down:
+            message = agent_wire.BROKER_TO_AGENT.decode(payload)
+            if isinstance(message, agent_wire.Segment):
+                self._add_segment(message.segment, item[2])
+            elif isinstance(message, agent_wire.Withdraw):
+                self.told.update(ints(message.ids))
+            self.events.append(ag.FromBroker(message))
+            self.drain()
+
+    def _add_segment(self, number: int, segment: Segment) -> None:
+        known = self.segments.get(number)
+        if known is None or known[1] is not segment:
+            self.world.inode += 1
+            self.segments[number] = (self.world.inode, segment)
+
+    def connected(self, link: Link | None) -> None:
+        """Outcome of Connect."""
+        self.link = link
+        self.events.append(ag.LinkUp() if link is not None else ag.LinkDown("nobody there"))
+
+    def hang_up(self) -> None:
+        link, self.link = self.link, None
+        self.wanted.clear()
+        assert link is not None
+        link.guest_open = False
+        link.down.items.clear()
+        if link.broker_open:
+            self.world.put(link.up, None)
+
+    def from_consumer(self, consumer: Consumer, item: Any) -> None:
+        if self.consumers.get(consumer.number) is not consumer:
+            return
+        if item is None:
+            self._gone(consumer)
+            self.feed()
+            return
+        frame, inode = item
+        message = cw.CONSUMER_TO_AGENT.decode(frame[4:])
+        number = consumer.number
+        match message:
+            case cw.Open():
+                if message.length != inode.size:
+                    self._to_consumer(number, cw.Plain(message.handle, "changed"))
+                    return
+                _, uses = self.open_files.setdefault(inode.key, (inode, set()))
+                uses.add((number, message.handle))
+                self.feed(ag.Opened(number, message.handle, inode.key))
+            case cw.Close():
+                for _, uses in self.open_files.values():
+                    uses.discard((number, message.handle))
+                self.feed(ag.Closed(number, message.handle))
+            case cw.Mapped():
+                self.feed(ag.ConsumerMapped(number, message.handle, message.generation, message.pages, message.outcome))
+            case cw.LetGo():
+                self.feed(ag.ConsumerLetGo(number, message.handle, message.generation))
+
+    # ------------------------------------------------------------------------------------------------------ actions
+
+    def _act(self, action: ag.Action) -> None:
+        match action:
+            case ag.Send():
+                self._send(action.message)
+            case ag.SendPages():
+                self.wanted.append(action)
+            case ag.SendData():
+                self.world.put(self.worker, ("data", self.link, self._read(action)))
+            case ag.Connect():
+                self.connected(self.world.connect(self))
+            case ag.Hangup():
+                if self.link is not None:
+                    self.hang_up()
+            case ag.StartScan():
+                self.limits = (action.min_file_bytes, action.max_file_bytes)
+                if action.epoch != self.epoch:
+                    self.epoch, self.key = action.epoch, action.key
+                    self.cache.clear()
+                    self.scan()
+            case ag.Rescan():
+                self.look(action.path)
+            case ag.TakeLease():
+                self._take_lease(action)
+            case ag.ReleaseLease():
+                if action.key in self.open_files:
+                    self._drop_lease(self.open_files[action.key][0])
+            case ag.ShareWith():
+                self._share(action)
+            case ag.UnshareWith():
+                self._to_consumer(action.consumer, cw.Unshare(action.handle, action.generation))
+            case ag.CutOff():
+                self._cut_off(action.consumer)
+            case ag.StayPlain():
+                self._to_consumer(action.consumer, cw.Plain(action.handle, action.reason))
+            case ag.DropCache():
+                self._drop_cache(action)
+            case ag.RenewCache():
+                entry = self.cache.get((action.key, action.old))
+                if entry is not None:
+                    self.cache[action.key, action.new] = dict(entry)
+            case ag.ForgetSegments():
+                self._forget(action.segments)
+            case ag.Log():
+                self.world.say(self.name, "log", action)
+
+    def _send(self, message: agent_wire.Message) -> None:
+        if self.link is not None:
+            frame = agent_wire.AGENT_TO_BROKER.encode(message)
+            self.world.put(self.link.up, (frame, message))
+
+    def _send_pages(self, want: ag.SendPages) -> None:
+        entry = self.cache.get((want.key, want.identity), {})
+        count = -(-want.identity.size // PAGE)
+        pages = list(range(count)) if want.pages is None else list(ints(want.pages))
+        if any(page not in entry for page in pages):
+            return
+        for at in range(0, len(pages), agent_wire.MAX_REPORT_PAGES):
+            part = pages[at : at + agent_wire.MAX_REPORT_PAGES]
+            parts = array("I")
+            for page in part:
+                if parts and parts[-2] + parts[-1] == page:
+                    parts[-1] += 1
+                else:
+                    parts.extend((want.file, page, 1))
+            self._send(agent_wire.Pages(parts.tobytes(), b"".join(entry[page] for page in part)))
+
+    def _read(self, action: ag.SendData) -> agent_wire.Message:
+        runs = ints(action.runs)
+        pages = [first + i for first, count in zip(runs[0::2], runs[1::2], strict=True) for i in range(count)]
+        inode = self.fs.get(action.path) if action.path is not None else None
+        have, found = bytearray(), bytearray()
+        for page in pages:
+            if (
+                inode is not None
+                and action.identity is not None
+                and inode.key == action.key
+                and inode.identity == action.identity
+                and page in inode.resident
+            ):
+                content = content_of(inode.symbols[page])
+                if self.cache.get((inode.key, action.identity), {}).get(page) == fingerprint(self.key, content):
+                    have.append(1)
+                    found += content
+                    continue
+            have.append(0)
+        return agent_wire.Data(action.request, bytes(have), bytes(found))
+
+    def _take_lease(self, action: ag.TakeLease) -> None:
+        opened = self.open_files.get(action.key)
+        if opened is None:
+            self.events.append(ag.LeaseRefused(action.key, "closed"))
+            return
+        inode = opened[0]
+        if inode.writing is not None or inode.waiting or self.world.chance(0.02):
+            self.events.append(ag.LeaseRefused(action.key, "open for writing"))
+            return
+        if not any(lease.guest is self for lease in inode.leases):
+            inode.leases.append(Lease(self, self.serial))
+        self.events.append(ag.LeaseTaken(action.key, inode.identity))
+
+    def _drop_lease(self, inode: Inode) -> None:
+        inode.leases = [lease for lease in inode.leases if lease.guest is not self]
+        self.world.writers_go_on(inode)
+
+    def _share(self, action: ag.ShareWith) -> None:
+        consumer = self.consumers.get(action.consumer)
+        if consumer is None:
+            return
+        per_segment = self.world.plan.slots_per_segment
+        runs, numbers = array("I"), array("I")
+        given = self.given.setdefault(action.consumer, set())
+        for page, slot, count in triples(action.runs):
+            known = self.segments.get(slot // per_segment)
+            check(known is not None, "I6", "handles in a segment that the agent does not have", slot // per_segment)
+            assert known is not None
+            if known[0] not in given:
+                given.add(known[0])
+                self._to_consumer(action.consumer, cw.ShareSegment(known[0]), known[1])
+            runs.extend((page, slot % per_segment, count))
+            numbers.append(known[0])
+        self._to_consumer(
+            action.consumer, cw.Share(action.handle, action.generation, runs.tobytes(), numbers.tobytes())
+        )
+
+    def _cut_off(self, number: int) -> None:
+        consumer = self.consumers.get(number)
+        if consumer is not None:
+            check(consumer.hung or self.world.now - consumer.changed_at < 10 * LATENCY, "I7", "cut off for nothing")
+            self._gone(consumer)
+            consumer.outbox.items.clear()
+            self.world.put(consumer.inbox, None)
+
+    def _gone(self, consumer: Consumer) -> None:
+        del self.consumers[consumer.number]
+        self.given.pop(consumer.number, None)
+        for _, uses in self.open_files.values():
+            uses.difference_update({use for use in uses if use[0] == consumer.number})
+        self.events.append(ag.ConsumerGone(consumer.number))
+
+    def _to_consumer(self, number: int, message: agent_wire.Message, fd: Segment | None = None) -> None:
+        consumer = self.consumers.get(number)
+        if consumer is not None:
+            self.world.put(consumer.inbox, (cw.AGENT_TO_CONSUMER.encode(message), fd))
+
+    def _drop_cache(self, action: ag.DropCache) -> None:
+        opened = self.open_files.get(action.key)
+        if opened is None:
+            return
+        inode = opened[0]
+        gone = {page for page in pages_of(action.runs) if page in inode.resident and self.world.chance(0.9)}
+        inode.resident -= gone
+        if gone:
+            self.world.put(self.worker, ("dropped", None, ag.Dropped(len(gone))))
+
+    def _forget(self, segments: tuple[int, ...] | None) -> None:
+        gone = list(self.segments) if segments is None else [s for s in segments if s in self.segments]
+        numbers = [self.segments.pop(segment)[0] for segment in gone]
+        for consumer, given in self.given.items():
+            theirs = [number for number in numbers if number in given]
+            given.difference_update(theirs)
+            if theirs:
+                self._to_consumer(consumer, cw.SegmentsGone(u32s(theirs)))
+
+    # ----------------------------------------------------------------------------------------------- files and writers
+
+    def new_inode(self, symbols: list[int]) -> Inode:
+        world = self.world
+        if self.free_inodes and world.chance(0.5):
+            number = self.free_inodes.pop()
+        else:
+            self.next_inode += 1
+            number = self.next_inode
+        world.stamp += 1
+        resident = set(range(len(symbols)))
+        if world.chance(0.25):
+            resident = {page for page in resident if world.chance(0.6)}
+        return Inode(FileKey(self.number, number), symbols, world.rng.choice((0, 0, 1, 100)), world.stamp, resident)
+
+    def unlink(self, path: bytes) -> None:
+        inode = self.fs.pop(path)
+        if not self.is_open(inode) and inode not in self.fs.values():
+            self.free_inodes.append(inode.key.ino)
+        self.look(path)
+
+    def is_open(self, inode: Inode) -> bool:
+        return (
+            bool(inode.waiting or inode.writing)
+            or inode.key in self.open_files
+            or any(view.inode is inode for program in self.programs for view in program.views.values())
+        )
+
+    def write(self, inode: Inode, change: Callable[[], None], path: bytes) -> None:
+        """Open a file for writing, as soon as its leases are given back."""
+        world = self.world
+
+        def begin() -> None:
+            world.check_write(self, inode)
+            middle = list(inode.symbols)
+            inode.racy = inode.racy or world.chance(world.plan.racy)
+            if not inode.racy:
+                world.stamp += 1
+                inode.stamp = world.stamp
+            if middle:
+                middle[0] = world.rng.randrange(1, 1000) + 1000
+                inode.symbols = middle
+
+            def finish() -> None:
+                change()
+                if not inode.racy:
+                    world.stamp += 1
+                    inode.stamp = world.stamp
+                inode.resident = {page for page in inode.resident if page < len(inode.symbols)}
+                inode.resident |= {page for page in range(len(inode.symbols)) if world.chance(0.7)}
+                inode.writing = None
+                self.look(path)
+                world.writers_go_on(inode)
+
+            inode.writing = finish
+
+        for lease in inode.leases:
+            if lease.deadline is None:
+                lease.deadline = world.now + LEASE_BREAK_TIME
+                world.deadlines.append(lease.deadline)
+                if lease.guest.agent is not None:
+                    world.put(lease.guest.kernel, inode.key)
+        inode.waiting.append(begin)
+        world.writers_go_on(inode)
+
+    def excused(self) -> bool:
+        """Whether nothing can be promised of its consumers: the agent is dead, or was stopped for too long."""
+        return self.agent is None or self.stalled_long
+
+
+# ------------------------------------------------------------------------------------------------------------- liars
+
+
+class Liar:
+    """A domain that says anything. It knows what honest domains of its pool know."""
+
+    def __init__(self, world: World, name: str, uid: int, pool: str) -> None:
+        self.world = world
+        self.name = name
+        self.uid = uid
+        self.pool = pool
+        self.link: Link | None = None
+        self.welcomed = False
+        self.fetches: list[agent_wire.Fetch] = []
+        self.files: dict[int, tuple[list[int], int, bytes]] = {}
+        self.wanted: list[int] = []
+        self.mute = world.chance(0.2)
+        self.segments: dict[int, Segment] = {}
+        self.granted: set[tuple[bytes, int]] = set()
+
+    def awake(self) -> bool:
+        return True
+
+    def from_broker(self, link: Link, item: Any) -> None:
+        if link is not self.link:
+            return
+        if item is None:
+            self.link, self.welcomed = None, False
+            link.guest_open = False
+            return
+        link.reader_down.feed(item[0])
+        for payload in link.reader_down:
+            message = agent_wire.BROKER_TO_AGENT.decode(payload)
+            match message:
+                case agent_wire.Welcome():
+                    self.welcomed = True
+                case agent_wire.Fetch():
+                    self.fetches.append(message)
+                case agent_wire.Verdicts():
+                    for file, verdict in zip(ints(message.ids), message.verdicts, strict=True):
+                        if verdict == Verdict.WANTED:
+                            self.wanted.append(file)
+                case agent_wire.Segment():
+                    self.segments[message.segment] = item[2]
+
+    def _send(self, message: agent_wire.Message) -> None:
+        if self.link is not None:
+            self.world.put(self.link.up, (agent_wire.AGENT_TO_BROKER.encode(message), message))
+
+    def _raw(self, data: bytes) -> None:
+        if self.link is not None:
+            self.world.put(self.link.up, (data, None))
+
+    def step(self) -> None:
+        world, rng = self.world, self.world.rng
+        if self.link is None:
+            self.fetches.clear()
+            self.wanted.clear()
+            self.files.clear()
+            self.link = world.connect(self)
+            if self.link is not None and world.chance(0.9):
+                name = self.name if world.chance(0.95) else rng.choice(["g0", "", "../x", "g1"])
+                held = u32s(rng.randrange(6) for _ in range(rng.randrange(3)))
+                self._send(agent_wire.Hello(1 if world.chance(0.97) else 2, "1", name, world.random_bytes(16), held))
+            return
+        if self.mute and self.welcomed and world.chance(0.7):
+            return
+        choice = rng.randrange(14)
+        if choice < 4:
+            self._roots()
+        elif choice < 7:
+            self._pages()
+        elif choice < 11:
+            self._data()
+        elif choice == 11:
+            ids = u32s(rng.choice([rng.randrange(8), 0xFFFFFFFF]) for _ in range(rng.randrange(3)))
+            self._send(rng.choice([agent_wire.Gone, agent_wire.Release])(ids))
+        elif choice == 12:
+            self._send(agent_wire.Attach(u32s(rng.randrange(8) for _ in range(rng.randrange(1, 3)))))
+        else:
+            self._nonsense()
+
+    def _nonsense(self) -> None:
+        rng = self.world.rng
+        match rng.randrange(8):
+            case 0:
+                self._raw(rng.randbytes(rng.randrange(1, 40)))
+            case 1:
+                self._raw(b"\xff\xff\xff\x7f" + bytes(8))
+            case 2:
+                self._raw(bytes(4))
+            case 3:
+                self._raw(agent_wire.BROKER_TO_AGENT.encode(agent_wire.Ping(1)))
+            case 4:
+                self._raw(b"\x03\x00\x00\x00\x92\x02\xc0")
+            case 5:
+                self._send(agent_wire.Pong(rng.randrange(3)))
+            case 6:
+                self._send(agent_wire.Hello(1, "1", self.name, bytes(16), b""))
+            case _:
+                self._send(agent_wire.AgentStats(*[rng.randrange(2**53) for _ in range(7)]))
+
+    def _roots(self) -> None:
+        world, rng = self.world, self.world.rng
+        key = world.broker.keys[self.pool][0]
+        ids, sizes, counts, roots, paths = array("I"), array("Q"), array("I"), b"", []
+        for _ in range(rng.randrange(1, 3)):
+            file = rng.randrange(8) if world.chance(0.3) else rng.randrange(1 << 32)
+            symbols = world.known_content()
+            size = len(symbols) * PAGE
+            fps = b"".join(fingerprint(key, content_of(s)) for s in symbols)
+            root = file_root(size, fps) if world.chance(0.8) else rng.choice([bytes(FP), rng.randbytes(FP)])
+            self.files[file] = (symbols, size, root)
+            ids.append(file)
+            sizes.append(size if world.chance(0.97) else rng.choice([0, 2**64 - 1, size + 1]))
+            counts.append(len(symbols) if world.chance(0.97) else rng.choice([0, 1, 0xFFFFFFFF]))
+            roots += root
+            paths.append(rng.choice([b"/usr/x", b"/usr/y", b"/usr/secret", b"relative", b"/../up"]))
+        self._send(agent_wire.Roots(ids.tobytes(), sizes.tobytes(), counts.tobytes(), roots, tuple(paths)))
+
+    def _pages(self) -> None:
+        world, rng = self.world, self.world.rng
+        if not self.wanted:
+            return
+        file = self.wanted.pop()
+        symbols, _, _ = self.files.get(file, ([1, 2], 2 * PAGE, b""))
+        key = world.broker.keys[self.pool][0]
+        fps = [fingerprint(key, content_of(s)) for s in symbols]
+        if world.chance(0.25):
+            fps[rng.randrange(len(fps))] = rng.randbytes(FP)
+        first, count = 0, len(fps)
+        if world.chance(0.1):
+            first, count = rng.choice([(1, count), (0, count + 1), (0xFFFFFFFF, count), (0, 0), (0, 0xFFFFFFFF)])
+        self._send(agent_wire.Pages(u32s((file, first, count)), b"".join(fps)))
+
+    def _data(self) -> None:
+        world, rng = self.world, self.world.rng
+        if not self.fetches:
+            if world.chance(0.1):
+                self._send(agent_wire.Data(rng.randrange(20), b"\x01", bytes(PAGE)))
+            return
+        fetch = self.fetches.pop(rng.randrange(len(self.fetches)))
+        runs = ints(fetch.runs)
+        pages = [first + i for first, count in zip(runs[0::2], runs[1::2], strict=True) for i in range(count)]
+        symbols, _, _ = self.files.get(fetch.file, ([], 0, b""))
+        have, found = bytearray(), bytearray()
+        for page in pages:
+            lie = rng.random()
+            if lie < 0.15 or page >= len(symbols):
+                have.append(0)
+                continue
+            have.append(1)
+            found += content_of(symbols[page]) if lie < 0.7 else content_of(rng.randrange(2000, 3000))
+        if world.chance(0.05):
+            have.append(1)
+            found += content_of(1)
+        if len(have) <= 255:
+            self._send(agent_wire.Data(fetch.request, bytes(have), bytes(found)))
+
+
+# ------------------------------------------------------------------------------------------------------------- a host
+
+
+class World:
+    """One host and one seed."""
+
+    def __init__(self, seed: int, store: Store, verbose: bool = False) -> None:
+        self.rng = random.Random(seed)
+        self.verbose = verbose
+        self.trace: deque[str] = deque(maxlen=400)
+        self.plan = Plan.draw(self.rng)
+        self.now = 1000.0
+        self.stamp = 1
+        self.inode = 100
+        self.faults = True
+        self.scanning = True
+        self.store = store
+        self.store.reset()
+        self.shadow: dict[str, Shadow] = {}
+        self.published: dict[bytes, dict[int, bytes]] = {}
+        self.roots: dict[bytes, bytes] = {}
+        self.peer = 0
+        self.channels: list[Channel] = []
+        self.links: list[Link] = []
+        self.joined: dict[str, set[str]] = {"p0": set(), "p1": set()}
+        self.deadlines: list[float] = []  # of leases that are being broken
+        self.steps = 0
+        self.digest = hashlib.blake2b(digest_size=8)
+        plan = self.plan
+        self.policy = Policy(
+            {
+                name: _rules(name, k, plan.max_domains, plan.max_files, plan.max_bytes, plan.max_pages)
+                for name, k in plan.k.items()
+            },
+            (
+                DomainRule("p0", ("g*",), (100,), "test"),
+                DomainRule("p1", ("h*",), (200,), "test"),
+                DomainRule("p0", ("liar0*",), (101,), "test"),
+                DomainRule("p1", ("liar1*",), (201,), "test"),
+            ),
+        )
+        self.broker = Broker(self)
+        self.contents: dict[str, list[list[int]]] = {"p0": [], "p1": []}
+        self.guests = [Guest(self, n, f"g{n}", 100, "p0") for n in range(plan.guests)]
+        if self.chance(0.5):
+            self.guests += [Guest(self, 50 + n, f"h{n}", 200, "p1") for n in range(2)]
+        if self.chance(0.1):
+            self.guests.append(Guest(self, 90, "stranger", 300, "p0"))
+        pools = [self.rng.choice(("p0", "p0", "p1")) for _ in range(plan.liars)]
+        self.liars = [
+            Liar(self, f"liar{pool[1]}{n}", 101 if pool == "p0" else 201, pool) for n, pool in enumerate(pools)
+        ]
+        # Templates that guests have files of; symbol 0 is the zero page.
+        self.templates = [
+            [self.rng.choice([0, *range(1, plan.symbols + 1)]) for _ in range(self.rng.randrange(1, 7))]
+            for _ in range(5)
+        ]
+        for guest in self.guests:
+            for n in range(self.rng.randrange(1, 5)):
+                self._create(guest, b"/usr/f%d" % n)
+
+    # -------------------------------------------------------------------------------------------------------- helpers
+
+    def say(self, *what: object) -> None:
+        if self.verbose:
+            self.trace.append(f"{self.steps:5} {self.now:9.2f} " + " ".join(str(w)[:400] for w in what))
+
+    def chance(self, p: float) -> bool:
+        return p > 0 and self.rng.random() < p
+
+    def random_bytes(self, n: int) -> bytes:
+        return self.rng.randbytes(n)
+
+    def put(self, channel: Channel, item: Any) -> None:
+        channel.items.append((self.now + LATENCY, item))
+
+    def file_root(self, size: int, fingerprints: bytes) -> bytes:
+        root = file_root(size, fingerprints)
+        self.roots[root] = fingerprints
+        return root
+
+    def known_content(self) -> list[int]:
+        if self.chance(0.7):
+            return list(self.rng.choice(self.templates))
+        return [self.rng.randrange(1, 40) for _ in range(self.rng.randrange(1, 5))]
+
+    def slot_bytes(self, pool: str, slot: int) -> bytes:
+        number, inside = divmod(slot, self.plan.slots_per_segment)
+        segment = self.broker.areas[pool].get(number)
+        check(segment is not None, "I3", "a slot of a segment that is not there", pool, slot)
+        assert segment is not None
+        return segment.slots[inside]
+
+    def slot_fingerprint(self, pool: str, slot: int) -> bytes:
+        return fingerprint(self.broker.keys[pool][0], self.slot_bytes(pool, slot))
+
+    def inodes_of(self, guest: Guest) -> list[Inode]:
+        found = {id(inode): inode for inode in guest.fs.values()}
+        for program in guest.programs:
+            for view in program.views.values():
+                found[id(view.inode)] = view.inode
+        return list(found.values())
+
+    def writers_go_on(self, inode: Inode) -> None:
+        while inode.waiting and inode.writing is None and not inode.leases:
+            inode.waiting.popleft()()
+
+    def connect(self, guest: Guest | Liar) -> Link | None:
+        broker = self.broker
+        if broker.engine is None or broker.working or (self.faults and self.chance(0.05)):
+            return None
+        self.peer += 1
+        peer = self.peer
+        up = Channel(
+            f"{guest.name}->broker", lambda item: broker.receive(link, item), lambda: broker.engine is not None
+        )
+        down = Channel(f"broker->{guest.name}", lambda item: guest.from_broker(link, item), guest.awake)
+        link = Link(peer, guest, up, down)
+        ended = [old for old in self.links if not (old.broker_open or old.guest_open)]
+        self.links = [old for old in self.links if old not in ended] + [link]
+        self.channels = [c for c in self.channels if not any(c in (old.up, old.down) for old in ended)] + [up, down]
+        broker.links[peer] = link
+        broker.feed(PeerConnected(peer, Identity("local", guest.uid)))
+        return link if link.broker_open else None
+
+    # ---------------------------------------------------------------------------------------------------------- store
+
+    def commit(self, changes: tuple[Change, ...]) -> None:
+        self.store.apply(changes)
+        for change in changes:
+            self._apply(change)
+
+    def _apply(self, change: Change) -> None:
+        if isinstance(change, PoolOpened):
+            known = self.shadow.get(change.pool)
+            if known is None or known.area != change.area:
+                self.shadow[change.pool] = Shadow(change.area)
+            return
+        apply_change(self.shadow[change.pool], change, self.plan.slots_per_segment)
+
+    def check_store(self, records: dict[str, PoolRecord]) -> None:
+        """What LMDB has is what was committed."""
+        check(records.keys() == self.shadow.keys(), "I6", "other pools in the store")
+        for pool, record in records.items():
+            shadow = self.shadow[pool]
+            slots: dict[int, bytes] = {}
+            for first, fps in record.slots.items():
+                for i in range(len(fps) // FP):
+                    if fps[i * FP : i * FP + FP] != bytes(FP):
+                        slots[first + i] = fps[i * FP : i * FP + FP]
+            check(record.area == shadow.area, "I6", "another area in the store")
+            check(slots == shadow.slots, "I6", "other slots in the store", pool)
+            check(set(record.segments) == shadow.segments, "I6", "other segments in the store", pool)
+            owners = {key: (owner.instance, owner.runs) for key, owner in record.owners.items()}
+            check(owners == shadow.owners, "I6", "other owners in the store", pool)
+
+    # --------------------------------------------------------------------------------------------------------- checks
+
+    def check_engine(self) -> None:
+        """I6, after every step of the engine; exactly, since the store holds what was committed."""
+        engine = self.broker.engine
+        if engine is None:
+            return
+        for name, pool in engine.pools().items():
+            index: PoolIndex = pool.index
+            shadow = self.shadow.get(name, Shadow(pool.setup.area))
+            unsaved = [change for change in engine._unsaved if change.pool == name]
+            if unsaved:
+                shadow = Shadow(shadow.area, dict(shadow.slots), dict(shadow.owners), set(shadow.segments))
+                for change in unsaved:
+                    if not isinstance(change, PoolOpened):
+                        apply_change(shadow, change, self.plan.slots_per_segment)
+                    elif change.area != shadow.area:
+                        shadow = Shadow(change.area)
+            owners = {key: (owner.instance, owner.runs) for key, owner in index.owners.items()}
+            if owners != shadow.owners:
+                check(False, "I6", "owners in index and store differ", name, list(owners), list(shadow.owners))
+            taken = self.broker.tables[name].taken
+            if taken != shadow.slots:
+                check(False, "I6", "slots in index and store differ", name, sorted(taken), sorted(shadow.slots))
+            if set(index.segments) != shadow.segments:
+                check(False, "I6", "segments in index and store differ", name)
+            check(
+                index.segments.keys() <= self.broker.areas[name].keys(),
+                "I6",
+                "the index has a segment the area has not",
+            )
+            for domain, holdings in index.domains.items():
+                check(len(holdings.files) <= pool.rules.max_files, "I7", "more files than the quota", domain)
+                check(holdings.size_bytes <= pool.rules.max_bytes, "I7", "more bytes than the quota", domain)
+        for name, pool in engine.pools().items():
+            for domain in self.joined[name] - pool.peers.keys():
+                self.broker.left_at[name, domain] = self.now
+            self.joined[name] = set(pool.peers)
+            for peer in pool.peers.values():
+                link = self.broker.links.get(peer.id)
+                if link is not None and isinstance(link.guest, Guest):
+                    self.check_owners(link.guest, pool)
+
+    def check_owners(self, guest: Guest, pool: Any) -> None:
+        """I6 between the index and one agent, up to what is on the way."""
+        agent, link = guest.agent, guest.link
+        if agent is None or link is None or link.cut or not link.broker_open or agent._welcome is None:
+            return
+        peer = pool.peers.get(guest.name)
+        if peer is None or peer.id != link.peer:
+            return
+        if guest.events:
+            return
+        held = {
+            file.version.id: file.runs
+            for file in agent._files.values()
+            if file.stage in (Stage.SHARED, Stage.LEAVING) and file.version is not None
+        }
+        owned = {file: owner.runs for (domain, file), owner in pool.index.owners.items() if domain == guest.name}
+        for file, runs in held.items():
+            if owned.get(file) != runs and file not in guest.told:
+                check(
+                    any(
+                        isinstance(item[1], wire.Withdraw) and file in ints(item[1].ids)
+                        for _, item in link.down.items
+                        if item is not None
+                    ),
+                    "I6",
+                    "an agent holds grants that the index does not have",
+                    guest.name,
+                    file,
+                )
+        for file in owned.keys() - held.keys():
+            check(
+                any(
+                    isinstance(item[1], wire.Granted) and item[1].file == file
+                    for _, item in link.down.items
+                    if item is not None
+                )
+                or any(
+                    isinstance(item[1], agent_wire.Release) and file in ints(item[1].ids)
+                    for _, item in link.up.items
+                    if item is not None
+                ),
+                "I6",
+                "the index has an owner who knows nothing of it",
+                guest.name,
+                file,
+            )
+
+    def check_agent(self, guest: Guest) -> None:
+        """After every step of an agent: what it shares, it has a lease on."""
+        agent = guest.agent
+        assert agent is not None
+        for key in agent._shared_keys:
+            file = agent._files[key]
+            if file.stage is Stage.SHARED and not guest.events:
+                opened = guest.open_files.get(key)
+                if opened is None or not any(lease.guest is guest for lease in opened[0].leases):
+                    check(guest.stalled_long or guest.kernel.items, "I5", "shared without a lease", guest.name, key)
+        if guest.link is not None and self.broker.engine is not None:
+            pool = self.broker.engine.pools().get(guest.pool)
+            if pool is not None:
+                self.check_owners(guest, pool)
+
+    def check_k(self, pool: str, ids: list[bytes]) -> None:
+        """A page is wanted only when k domains hold a file with it, whatever the table's marks say."""
+        engine = self.broker.engine
+        assert engine is not None
+        index: PoolIndex = engine.pools()[pool].index
+        wanted = [int.from_bytes(id_, "little") for id_ in ids]
+        holders: dict[int, set[str]] = {id_: set() for id_ in wanted}
+        for domain, holdings in index.domains.items():
+            for held in holdings.files.values():
+                for id_ in ints(held.content.ids):
+                    if id_ in holders:
+                        holders[id_].add(domain)
+        for id_, domains in holders.items():
+            check(len(domains) >= self.plan.k[pool], "k", "wanted with too few holders", id_, sorted(domains))
+
+    def check_sent(self, link: Link, message: wire.Message, frame: bytes, fd: Segment | None) -> None:
+        """What goes to a domain is its own pool's, and a grant brings only what it reported itself (I1)."""
+        guest, pool = link.guest, link.guest.pool
+        for other, (key, _) in self.broker.keys.items():
+            if other != pool:
+                check(key not in frame, "I1", "another pool's key is sent")
+                check(self.broker.area_ids[other] not in frame, "I1", "another pool's area is sent")
+        if fd is not None:
+            check(fd.pool == pool, "I1", "a segment of another pool is sent", guest.name)
+        if isinstance(message, wire.Fetch):
+            check(message.file in self.broker.reported.get(link.peer, {}), "I7", "a fetch of a file nobody reported")
+        if not isinstance(message, wire.Granted):
+            return
+        shadow = self.shadow[pool].owners.get((guest.name, message.file))
+        check(shadow is not None and shadow[1] == message.runs, "I6", "handles before the owner is in the store")
+        area = self.broker.area_ids[pool]
+        reported = self.broker.reported[link.peer][message.file]
+        for page, slot in pages_of(message.runs).items():
+            whole = self.roots.get(reported.root)
+            theirs = whole[page * FP : page * FP + FP] if whole is not None else reported.pages.get(page)
+            if isinstance(guest, Liar) and whole is None:
+                continue  # it may have said several things of this page
+            check(self.slot_fingerprint(pool, slot) == theirs, "k", "a grant of what was not reported", guest.name)
+            guest.granted.add((area, slot))
+
+    def check_view(self, consumer: Consumer, view: View) -> None:
+        """I1 and I5 of one view."""
+        guest, per_segment = consumer.guest, self.plan.slots_per_segment
+        for page, (segment, slot) in view.shared.items():
+            check(segment.pool == guest.pool, "I1", "a view of another pool's area")
+            number = segment.number * per_segment + slot
+            check((segment.area, number) in guest.granted or guest.agent is None, "I1", "not granted", number)
+            if not view.stale and view.inode.writing is None:
+                same = page < len(view.inode.symbols) and segment.slots[slot] == content_of(view.inode.symbols[page])
+                check(same, "I5", "a stale byte", guest.name, consumer.number, page)
+
+    def check_views(self) -> None:
+        for guest in self.guests:
+            for program in guest.programs:
+                for view in program.views.values():
+                    if view.shared:
+                        self.check_view(program, view)
+            for _, segment in guest.segments.values():
+                check(segment.pool == guest.pool, "I1", "a domain has another pool's segment")
+
+    def check_write(self, guest: Guest, inode: Inode) -> None:
+        """A writer goes on: nobody but the hung may still have a view of the file (I5)."""
+        for program in guest.programs:
+            for view in program.views.values():
+                if view.inode is inode and view.shared:
+                    hung = program.hung or self.now - program.changed_at < 5 * LATENCY
+                    excused = hung or guest.excused() or not self._knows(guest, program)
+                    check(excused, "I5", "a writer goes on before a consumer is back", guest.name, program.number)
+                    view.stale = True
+
+    @staticmethod
+    def _knows(guest: Guest, program: Consumer) -> bool:
+        """Whether this agent has to do with this consumer: another one may have died before it."""
+        return guest.consumers.get(program.number) is program
+
+    def check_freed(self, pool: str, area: bytes, slot: int) -> None:
+        """I4: nobody who would still be told to let go maps a slot that is freed."""
+        engine = self.broker.engine
+        if engine is None:
+            return
+        for guest in self.guests:
+            if guest.pool != pool or guest.agent is None:
+                continue
+            left = self.broker.left_at.get((pool, guest.name))
+            for program in guest.programs:
+                if not self._knows(guest, program):
+                    continue
+                for view in program.views.values():
+                    for segment, inside in view.shared.values():
+                        if segment.area != area or segment.number * self.plan.slots_per_segment + inside != slot:
+                            continue
+                        peer = engine.pools()[pool].peers.get(guest.name)
+                        late = peer is None and left is not None and self.now - left >= engine.settings.grace
+                        # A newcomer under the same name ends what was the former one's.
+                        other = peer is not None and (guest.link is None or guest.link.peer != peer.id)
+                        ended = late or other or self._withdrawn(guest, view.inode.key)
+                        check(ended, "I4", "a mapped slot is freed", guest.name, slot)
+
+    @staticmethod
+    def _withdrawn(guest: Guest, key: FileKey) -> bool:
+        """Whether the broker has told this agent, or is telling it, that it owns nothing of a file."""
+        file = guest.agent._files.get(key) if guest.agent is not None else None
+        if file is None or file.version is None or guest.link is None:
+            return True
+        told = set(guest.told)
+        for _, item in guest.link.down.items:
+            if item is not None and isinstance(item[1], wire.Withdraw):
+                told.update(ints(item[1].ids))
+        return file.version.id in told
+
+    # ---------------------------------------------------------------------------------------------------------- steps
+
+    def run(self, steps: int) -> None:
+        with small_batches(self.plan):
+            self.broker.start()
+            for guest in self.guests:
+                if self.chance(0.8):
+                    guest.start()
+            for _ in range(steps):
+                self.steps += 1
+                self.step()
+            self.rest()
+
+    def step(self) -> None:
+        rng = self.rng
+        kind = rng.random()
+        if kind < 0.62:
+            self.deliver()
+        elif kind < 0.76:
+            guest = rng.choice(self.guests)
+            self._activity(guest)
+        elif kind < 0.86:
+            self.pass_time(rng.choice((0.05, 0.3, 1.0, 3.0, 12.0)) if not self.chance(0.03) else 50.0)
+        elif kind < 0.93 and self.liars:
+            rng.choice(self.liars).step()
+        elif kind < 0.96:
+            self._fault()
+        else:
+            for guest in self.guests:
+                guest.report()
+                guest.drain() if guest.awake() else None
+        if self.steps % 16 == 0:
+            self.check_views()
+            self.digest.update(repr((self.now, self.stamp, self.peer, len(self.roots))).encode())
+
+    def deliver(self) -> None:
+        ready = [channel for channel in self.channels if channel.items and channel.ready()]
+        if not ready:
+            return
+        channel = self.rng.choice(ready)
+        for _ in range(self.rng.choice((1, 1, 2, 5))):
+            if channel.items and channel.ready():
+                _, item = channel.items.popleft()
+                self.say("deliver", channel.name, _name(item))
+                channel.deliver(item)
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass; what is due by then arrives first, in the order of its deadlines."""
+        end = self.now + seconds
+        for _ in range(100_000):
+            at, channel = self._next_due()
+            wake = min((t for t in self._wakes() if t > self.now), default=float("inf"))
+            if min(at, wake) > end:
+                break
+            if channel is None or wake < at:
+                self.now = wake
+                self._expire_leases()
+                continue
+            self.now = max(self.now, at)
+            _, item = channel.items.popleft()
+            self.say("due", channel.name, _name(item))
+            channel.deliver(item)
+            for guest in self.guests:
+                if guest.wanted:
+                    guest.report()
+        else:
+            check(False, "I7", "messages without end")
+        self.now = max(self.now, end)
+        self._expire_leases()
+        self.broker.feed(Tick())
+        for guest in self.guests:
+            guest.report()
+            guest.tick()
+            for program in guest.programs:
+                if program.alive and not program.hung and not program.connected and not program.inbox.items:
+                    program.connect()
+
+    def _next_due(self) -> tuple[float, Channel | None]:
+        first, found = float("inf"), None
+        for channel in self.channels:
+            if channel.items and channel.items[0][0] < first and channel.ready():
+                first, found = channel.items[0][0], channel
+        return first, found
+
+    def _wakes(self) -> list[float]:
+        return [*self.deadlines, *(guest.stalled_until for guest in self.guests)]
+
+    def _expire_leases(self) -> None:
+        if not any(self.now >= deadline for deadline in self.deadlines):
+            return
+        self.deadlines = [deadline for deadline in self.deadlines if deadline > self.now]
+        for guest in self.guests:
+            for inode in self.inodes_of(guest):
+                late = [lease for lease in inode.leases if lease.deadline is not None and self.now >= lease.deadline]
+                if late:
+                    inode.leases = [lease for lease in inode.leases if lease not in late]
+                    self.writers_go_on(inode)
+
+    def _create(self, guest: Guest, path: bytes) -> None:
+        if path in guest.fs:
+            guest.unlink(path)
+        symbols = (
+            list(self.rng.choice(self.templates))
+            if self.chance(0.85)
+            else [self.rng.randrange(self.plan.symbols + 1) for _ in range(self.rng.randrange(1, 6))]
+        )
+        guest.fs[path] = inode = guest.new_inode(symbols)
+        if self.chance(0.8):
+            inode.tail = 0
+        guest.look(path)
+
+    def _activity(self, guest: Guest) -> None:
+        rng = self.rng
+        path = b"/usr/f%d" % rng.randrange(6)
+        inode = guest.fs.get(path)
+        choice = rng.randrange(24)
+        if choice < 3 or inode is None:
+            if inode is None or choice == 0:
+                self._create(guest, path)
+            return
+        if choice < 9:
+            self._consume(guest, inode)
+        elif choice < 12:
+            guest.write(inode, self._change(inode), path)
+        elif choice < 14:
+            if inode.writing is not None:
+                inode.writing()
+        elif choice == 14:
+            guest.unlink(path)
+        elif choice == 15:
+            target = b"/usr/f%d" % rng.randrange(6)
+            if target != path:
+                if target in guest.fs:
+                    guest.unlink(target)
+                guest.fs[target] = guest.fs.pop(path)
+                self.stamp += 1
+                inode.stamp = self.stamp
+                guest.look(path)
+                guest.look(target)
+        elif choice == 16:
+            self.stamp += 1
+            inode.stamp = self.stamp  # chmod: no lease is broken
+            guest.look(path)
+        elif choice < 20:
+            inode.resident = set(range(len(inode.symbols)))
+            guest.look(path)
+        elif choice == 20:
+            inode.resident = {page for page in inode.resident if self.chance(0.5)}
+            guest.look(path)
+        else:
+            self._consume_end(guest)
+
+    def _change(self, inode: Inode) -> Callable[[], None]:
+        rng = self.rng
+        kind = rng.randrange(4)
+        template = list(rng.choice(self.templates))
+
+        def change() -> None:
+            if kind == 0:
+                inode.symbols = inode.symbols[: max(1, len(inode.symbols) - 1)]
+            elif kind == 1:
+                inode.symbols = [*inode.symbols, template[0]][:8]
+            else:
+                inode.symbols = template
+
+        return change
+
+    def _consume(self, guest: Guest, inode: Inode) -> None:
+        live = [program for program in guest.programs if program.alive and not program.hung]
+        if not live or (len(guest.programs) < 4 and self.chance(0.3)):
+            guest.next_consumer += 1
+            program = Consumer(guest, guest.next_consumer)
+            guest.programs.append(program)
+            if guest.agent is not None:
+                program.connect()
+        else:
+            program = self.rng.choice(live)
+        program.open(inode)
+
+    def _consume_end(self, guest: Guest) -> None:
+        live = [program for program in guest.programs if program.alive and not program.hung]
+        if live:
+            program = self.rng.choice(live)
+            if program.views and self.chance(0.8):
+                handle = self.rng.choice(list(program.views))
+                inode = program.views[handle].inode
+                program.close(handle)
+                if self.chance(0.4):
+                    program.open(inode)
+            else:
+                program.die()
+                if not program.connected:
+                    guest.programs.remove(program)
+
+    def _fault(self) -> None:
+        rng, plan = self.rng, self.plan
+        guest = rng.choice(self.guests)
+        kinds: list[tuple[float, Callable[[], None]]] = [
+            (0.8, lambda: self._detach(guest)),
+            (plan.cut, lambda: self._cut(guest)),
+            (plan.agent_crash, guest.kill),
+            (1.0, lambda: None if guest.agent is not None else guest.start()),
+            (plan.hang, lambda: self._hang(guest)),
+            (0.8 if plan.crash else 0.0, self._restart),
+        ]
+        rng.choices([kind for _, kind in kinds], [weight for weight, _ in kinds])[0]()
+
+    def _restart(self) -> None:
+        if self.broker.engine is None:
+            self.broker.start()
+        elif self.chance(0.3):
+            self.broker.crash()
+
+    def _detach(self, guest: Guest) -> None:
+        if not guest.awake():
+            return
+        if self.chance(0.5):
+            path = self.rng.choice(list(guest.fs)) if guest.fs and self.chance(0.5) else None
+            self.say(guest.name, "detach", path)
+            guest.feed(ag.Detach(path))
+        else:
+            guest.feed(ag.Reattach())
+
+    def _cut(self, guest: Guest) -> None:
+        """Break a connection; the two sides notice it at different times, and what was under way may be lost."""
+        link = guest.link
+        if link is None:
+            return
+        self.say("cut", guest.name)
+        link.cut = True
+        for channel in (link.up, link.down):
+            keep = self.rng.randrange(len(channel.items) + 1)
+            while len(channel.items) > keep:
+                channel.items.pop()
+        if link.guest_open:
+            self.put(link.down, None)
+        if link.broker_open:
+            delay = self.rng.choice((0.0, 0.0, 5.0, 30.0))
+            link.up.items.append((self.now + LATENCY + delay, None))
+
+    def _hang(self, guest: Guest) -> None:
+        if self.chance(0.4):
+            if guest.agent is not None and self.now > guest.stalled_until + 2 * LEASE_BREAK_TIME:
+                seconds = self.rng.choice((3.0, 10.0, 60.0))
+                guest.stalled_until = self.now + seconds
+                guest.stalled_long = guest.stalled_long or seconds > LEASE_BREAK_TIME / 2
+                self.say(guest.name, "stalls", seconds)
+            return
+        for program in guest.programs:
+            if program.alive and self.chance(0.5):
+                program.hung = not program.hung
+                program.changed_at = self.now
+
+    # ----------------------------------------------------------------------------------------------------------- rest
+
+    def rest(self) -> None:
+        """Stop the faults, let time pass, and look whether everybody has what they should have."""
+        self.faults = False
+        plan = self.plan
+        plan.crash = plan.queue_full = 0.0
+        self.say("---- rest")
+        if self.broker.engine is None:
+            self.broker.start()
+        for liar in self.liars:
+            if liar.link is not None:
+                liar.link.guest_open = False
+                liar.link.down.items.clear()
+                if liar.link.broker_open:
+                    self.put(liar.link.up, None)
+                liar.link = None
+        for guest in self.guests:
+            guest.stalled_until = 0.0
+            if guest.agent is None:
+                guest.start()
+            for program in list(guest.programs):
+                if program.hung and self.chance(0.7):
+                    program.hung, program.changed_at = False, self.now
+            for inode in self.inodes_of(guest):
+                if inode.writing is not None:
+                    inode.writing()
+            guest.feed(ag.Reattach())
+        self._settle(26, 4.0)
+        self._finish_writers()
+        self._settle(14, 4.0)
+        self.check_views()
+        self.check_store(self.store.load())
+        self.check_rest()
+        if self.chance(0.5):
+            self._detached()
+        if self.chance(0.5):
+            self._everybody_leaves()
+
+    def _settle(self, rounds: int, seconds: float) -> None:
+        for n in range(rounds):
+            if n % 5 == 0:
+                for guest in self.guests:
+                    guest.scan()
+            self.pass_time(seconds)
+            for _ in range(200):
+                engine = self.broker.engine
+                if engine is None or not (engine.busy or any(g.wanted or self._reports(g) for g in self.guests)):
+                    break
+                self.pass_time(0.01)
+        self.scanning = False  # what is under way arrives
+        for _ in range(6):
+            self.pass_time(3.0)
+        self.scanning = True
+
+    def _reports(self, guest: Guest) -> bool:
+        return guest.link is not None and guest.agent is not None and guest.agent.reporting
+
+    def _finish_writers(self) -> None:
+        for guest in self.guests:
+            for inode in self.inodes_of(guest):
+                for _ in range(100):
+                    if inode.writing is None:
+                        break
+                    inode.writing()
+                hung = any(p.hung and v.inode is inode for p in guest.programs for v in p.views.values())
+                check(hung or not inode.waiting, "I7", "a writer waits for ever", guest.name)
+
+    def check_rest(self) -> None:
+        """I7: progress. Everything that is left out is a limit that the seed has set."""
+        engine = self.broker.engine
+        assert engine is not None
+        for name, pool in engine.pools().items():
+            welcome = [g for g in self.guests if g.pool == name and g.name != "stranger"]
+            check(
+                len(pool.peers) == min(len(welcome), self.plan.max_domains),
+                "I7",
+                "honest domains are not connected",
+                name,
+                list(pool.peers),
+            )
+            table = self.broker.tables[name]
+            in_slots = {fp for slot, fp in table.taken.items()}
+            zero = fingerprint(self.broker.keys[name][0], content_of(0))
+            deliverable: dict[bytes, set[str]] = {}
+            for guest in welcome:
+                if guest.name in pool.peers:
+                    self._check_reports(guest, deliverable)
+            for fp, domains in deliverable.items():
+                if fp != zero and len(domains) >= pool.rules.k:
+                    check(fp in in_slots, "I7", "a page of k domains is not in the area", name, sorted(domains))
+            for slot, fp in table.taken.items():
+                check(self.slot_fingerprint(name, slot) == fp, "I3", "a slot has other bytes", name, slot)
+            check(self.shadow[name].slots == table.taken, "I6", "slots at rest", name)
+            check(not engine._unsaved, "I7", "changes are still not saved")
+            for guest in welcome:
+                if guest.name in pool.peers:
+                    self._check_attached(guest, pool)
+
+    def _check_reports(self, guest: Guest, deliverable: dict[bytes, set[str]]) -> None:
+        agent = guest.agent
+        assert agent is not None
+        for path, inode in guest.fs.items():
+            file = agent._by_path.get(path)
+            check(file is not None and file.key == inode.key, "I7", "a file is not known", guest.name, path)
+            assert file is not None
+            if inode.racy or inode.waiting or file.stage is Stage.LEAVING:
+                continue
+            version = file.version
+            if version is None:
+                check(not inode.resident, "I7", "a resident file has no version", guest.name, path)
+                continue
+            check(version.identity == inode.identity, "I7", "a version is not the file's", guest.name, path)
+            check(file.reported and file.verdict is not None, "I7", "a file was not reported", guest.name, path)
+            check(file.verdict != Verdict.NOT_REPORTED, "I7", "a file was given up", guest.name, path)
+            check(file.verdict != Verdict.ROOT_MISMATCH, "I7", "an honest root is called wrong", guest.name, path)
+            if file.verdict not in (Verdict.KNOWN, Verdict.WANTED):
+                continue
+            pages = range(version.page_count) if version.pages is None else ints(version.pages)
+            if file.stage is Stage.PLAIN:
+                check(inode.resident <= set(pages), "I7", "resident pages are not reported", guest.name, path)
+            for page in pages:
+                if page in inode.resident:
+                    fp = fingerprint(guest.key, content_of(inode.symbols[page]))
+                    deliverable.setdefault(fp, set()).add(guest.name)
+
+    def _check_attached(self, guest: Guest, pool: Any) -> None:
+        agent = guest.agent
+        assert agent is not None
+        holdings = pool.index.domains[guest.name].files
+        held = {
+            file.version.id: file.runs
+            for file in agent._files.values()
+            if file.stage in (Stage.SHARED, Stage.LEAVING) and file.version is not None
+        }
+        owned = {file: owner.runs for (domain, file), owner in pool.index.owners.items() if domain == guest.name}
+        check(held == owned, "I6", "owners and grants differ at rest", guest.name, sorted(held), sorted(owned))
+        for file in agent._files.values():
+            version = file.version
+            if version is None or not file.paths or file.verdict not in (Verdict.KNOWN, Verdict.WANTED):
+                continue
+            check(version.id in holdings, "I7", "a file is not held", guest.name, version.id)
+            content = holdings[version.id].content
+            available = pool.index.table.count(content.ids)[1]
+            check(
+                file.available == available or file.stage is not Stage.PLAIN or file.poisoned,
+                "I7",
+                "the offer is not what there is",
+                guest.name,
+                file.available,
+                available,
+            )
+            programs = [(p, v) for p in guest.programs for v in p.views.values() if v.inode.key == file.key]
+            programs = [(p, v) for p, v in programs if p.connected and v.size == version.identity.size]
+            if not programs or not available or file.poisoned or any(p.hung for p, _ in programs):
+                continue
+            if file.stage is Stage.LEAVING or programs[0][1].inode.racy or len(programs) != len(file.uses):
+                continue
+            if len(agent._shared_keys) >= agent.settings.max_attached_files and file.stage is Stage.PLAIN:
+                continue
+            check(file.stage is Stage.SHARED, "I7", "a file with consumers is not shared", guest.name, file.stage)
+            runs = len(file.runs) // 12
+            check(
+                file.granted_pages >= available or runs == self.plan.batches[5],
+                "I7",
+                "fewer grants than offered",
+                guest.name,
+            )
+
+    def _detached(self) -> None:
+        """I8, and back again."""
+        self.say("---- detach")
+        for guest in self.guests:
+            guest.events.append(ag.Detach(None))
+            guest.drain()
+        self._settle(2, 5.0)
+        for guest in self.guests:
+            for program in guest.programs:
+                for view in program.views.values():
+                    check(not view.shared or program.hung, "I8", "shared after a detach", guest.name)
+        for guest in self.guests:
+            guest.events.append(ag.Reattach())
+            guest.drain()
+        self._settle(6, 5.0)
+        self.check_rest()
+
+    def _everybody_leaves(self) -> None:
+        """When nobody is left, nothing is left: no page, no slot, no owner, no segment but the newest."""
+        self.say("---- everybody leaves")
+        for guest in self.guests:
+            guest.kill()
+        for _ in range(14):
+            self.pass_time(5.0)
+        engine = self.broker.engine
+        assert engine is not None
+        for name, pool in engine.pools().items():
+            totals = self.broker.tables[name].totals()
+            left = (totals.pages, totals.slots_used, totals.mappings, totals.pending)
+            check(left == (0, 0, 0, 0), "I7", "something is left when all have gone", name, left)
+            check(not pool.index.owners and not self.shadow[name].slots, "I6", "owners or slots are left", name)
+            check(len(pool.index.segments) <= 1, "I7", "segments are left", name, sorted(pool.index.segments))
+            check(not pool.coming and not pool.queue, "I7", "work is left", name)
+
+
+@dataclass
+class Shadow:
+    """What was committed for one pool."""
+
+    area: bytes
+    slots: dict[int, bytes] = field(default_factory=dict)
+    owners: dict[tuple[str, int], tuple[bytes, bytes]] = field(default_factory=dict)
+    segments: set[int] = field(default_factory=set)
+
+
+def apply_change(shadow: Shadow, change: Change, slots_per_segment: int) -> None:
+    match change:
+        case SegmentOpened():
+            shadow.segments.add(change.segment)
+        case SegmentClosed():
+            shadow.segments.discard(change.segment)
+            low, high = change.segment * slots_per_segment, (change.segment + 1) * slots_per_segment
+            for slot in [slot for slot in shadow.slots if low <= slot < high]:
+                del shadow.slots[slot]
+        case SlotsFilled():
+            for i in range(len(change.fingerprints) // FP):
+                fp = change.fingerprints[i * FP : i * FP + FP]
+                if fp != bytes(FP):
+                    shadow.slots[change.first + i] = fp
+        case SlotsFreed():
+            for slot in ints(change.slots):
+                shadow.slots.pop(slot, None)
+        case OwnerSet():
+            shadow.owners[change.domain, change.file] = (change.instance, change.runs)
+        case OwnerCleared():
+            shadow.owners.pop((change.domain, change.file), None)
+        case PoolOpened():
+            raise ValueError("a pool is opened by its own step")
+
+
+def _name(item: Any) -> str:
+    if item is None:
+        return "end"
+    if isinstance(item, tuple) and len(item) > 1 and not isinstance(item[1], (int, bytes)) and item[1] is not None:
+        return str(item[1])[:300] if not isinstance(item[0], str) else str(item)[:300]
+    if isinstance(item, tuple) and isinstance(item[0], bytes):
+        with contextlib.suppress(Exception):
+            return str(cw.AGENT_TO_CONSUMER.decode(item[0][4:]))[:300]
+        with contextlib.suppress(Exception):
+            return str(cw.CONSUMER_TO_AGENT.decode(item[0][4:]))[:300]
+    return str(item)[:300]
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+class _Shared:
+    """One store per process; every seed begins with it reset."""
+
+    store: Store | None = None
+
+
+def shared_store() -> Store:
+    if _Shared.store is None:
+        memory = Path("/dev/shm")
+        folder = tempfile.mkdtemp(prefix="sharearea-sim-", dir=memory if os.access(memory, os.W_OK) else None)
+        store, _, _ = Store.open(Path(folder) / "store", boot_id="simulation")
+        _Shared.store = store
+
+        def remove() -> None:
+            store.close()
+            shutil.rmtree(folder, ignore_errors=True)
+
+        atexit.register(remove)
+    return _Shared.store
+
+
+def run_seed(seed: int, steps: int = STEPS, verbose: bool = False) -> tuple[str | None, str, list[str]]:
+    """Run one seed. Returns what went wrong (None: nothing), a digest of the steps, and the trace if asked for."""
+    world = World(seed, shared_store(), verbose)
+    try:
+        world.run(steps)
+    except Exception as error:
+        what = str(error) if isinstance(error, Violation) else "I7: raised " + repr(error)
+        if verbose:
+            world.trace.append(traceback.format_exc())
+        return what, world.digest.hexdigest(), list(world.trace)
+    return None, world.digest.hexdigest(), list(world.trace)
+
+
+def replay(seed: int, steps: int) -> str:
+    return f"python -m tests.sim --seed {seed} --steps {steps} --verbose"
+
+
+def _run_part(seeds: list[int], steps: int, mutant: str | None, stop: bool) -> list[tuple[int, str]]:
+    failures = []
+    with mutated(mutant):
+        for seed in seeds:
+            what, _, _ = run_seed(seed, steps)
+            if what is not None:
+                failures.append((seed, what))
+                if stop:
+                    break
+    return failures
+
+
+def run_seeds(
+    first: int, end: int, steps: int = STEPS, workers: int = 2, mutant: str | None = None, stop: bool = False
+) -> list[tuple[int, str]]:
+    """Run seeds [first, end) in processes of their own; return (seed, what went wrong). `stop`: a failure is enough."""
+    parts = [list(range(at, min(at + 25, end))) for at in range(first, end, 25)]
+    failures: list[tuple[int, str]] = []
+    if workers == 1:
+        for part in parts:
+            failures += _run_part(part, steps, mutant, stop)
+            if stop and failures:
+                break
+        return failures
+    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+        runs = [pool.submit(_run_part, part, steps, mutant, stop) for part in parts]
+        for run in concurrent.futures.as_completed(runs):
+            failures += [] if run.cancelled() else run.result()
+            if stop and failures:
+                pool.shutdown(wait=False, cancel_futures=True)
+                break
+    return sorted(failures)
+
+
+# ------------------------------------------------------------------------------------------------------------ mutants
+
+
+@contextlib.contextmanager
+def mutated(name: str | None) -> Iterator[None]:
+    """Break the engine, the index or the agent in one way."""
+    if name is None:
+        yield
+        return
+    with contextlib.ExitStack() as undo:
+        for owner, attribute, value in MUTANTS[name]():
+            before = owner.__dict__[attribute]
+            setattr(owner, attribute, value)
+            undo.callback(setattr, owner, attribute, before)
+        yield
+
+
+Patch = tuple[type, str, object]
+
+
+def _grants_before_the_owner_is_saved() -> list[Patch]:
+    commit = Engine._commit
+
+    def mutant(self: Engine, changes: Any = (), then: Any = None) -> None:
+        if isinstance(then, engine_module._Granting):
+            self._grant(then)
+            then = None
+        commit(self, changes, then)
+
+    return [(Engine, "_commit", mutant)]
+
+
+def _commits_out_of_order() -> list[Patch]:
+    commit = Engine._commit
+
+    def mutant(self: Engine, changes: Any = (), then: Any = None) -> None:
+        unsaved, self._unsaved = self._unsaved, [] if then is not None else self._unsaved
+        commit(self, changes, then)
+        self._unsaved += unsaved if then is not None else []
+
+    return [(Engine, "_commit", mutant)]
+
+
+def _publishes_what_was_not_right() -> list[Patch]:
+    on_filled = Engine._on_filled
+
+    def mutant(self: Engine, event: Filled) -> None:
+        on_filled(self, Filled(event.token, b"\1" * len(event.ok), event.opened))
+
+    return [(Engine, "_on_filled", mutant)]
+
+
+def _retracts_a_used_slot() -> list[Patch]:
+    publish = Engine._publish
+
+    def mutant(self: Engine, filling: Any, ok: bytes) -> None:
+        publish(self, filling, ok)
+        filling.pool.index.retract(filling.first, len(ok))
+
+    return [(Engine, "_publish", mutant)]
+
+
+def _wants_with_one_holder_less() -> list[Patch]:
+    def mutant(_: Engine, pool: Any, content: Any) -> None:
+        positions = pool.index.table.want(content.ids, pool.rules.k - 1)
+        step = wire.MAX_FETCH_PAGES * 4
+        for at in range(0, len(positions), step):
+            content.publishing += 1
+            pool.queue.append(engine_module._Job(content, positions[at : at + step]))
+
+    return [(Engine, "_consider", mutant)]
+
+
+def _offers_what_nobody_holds() -> list[Patch]:
+    def mutant(self: Engine, pool: Any, content: Any, only: Any = None) -> None:
+        offer(self, pool, content, only)
+        if not content.publishing:
+            pool.index.count_available(content)
+
+    offer = Engine._offer
+    return [(Engine, "_offer", mutant)]
+
+
+def _keeps_grants_for_ever() -> list[Patch]:
+    check_absent = Engine._check_absent
+
+    def mutant(self: Engine, pool: Any) -> None:
+        pool.absent.clear()
+        check_absent(self, pool)
+
+    return [(Engine, "_check_absent", mutant)]
+
+
+def _forgets_marks() -> list[Patch]:
+    def mutant(_: Engine, pool: Any) -> None:
+        pool.remarks.clear()
+
+    return [(Engine, "_sweep_remarks", mutant)]
+
+
+def _restores_no_owners() -> list[Patch]:
+    restore = PoolIndex.restore
+
+    def mutant(self: PoolIndex, record: PoolRecord) -> list[Change]:
+        return restore(self, PoolRecord(record.area, record.slots_per_segment, record.segments, record.slots))
+
+    return [(PoolIndex, "restore", mutant)]
+
+
+def _clears_no_owner_in_the_store() -> list[Patch]:
+    release = PoolIndex.release
+
+    def mutant(self: PoolIndex, domain: str, files: Any) -> list[Change]:
+        return [change for change in release(self, domain, files) if not isinstance(change, OwnerCleared)]
+
+    return [(PoolIndex, "release", mutant)]
+
+
+def _counts_slots_anew_after_a_restart() -> list[Patch]:
+    restore = PoolIndex.restore
+
+    def mutant(self: PoolIndex, record: PoolRecord) -> list[Change]:
+        changes = restore(self, record)
+        self.next_slot = max(0, self.next_slot - self.slots_per_segment)
+        return changes
+
+    return [(PoolIndex, "restore", mutant)]
+
+
+def _gives_the_lease_back_first() -> list[Patch]:
+    leave = Agent._leave
+
+    def mutant(self: Agent, file: Any) -> None:
+        if file.stage is Stage.SHARED:
+            self._act(ag.ReleaseLease(file.key))
+        leave(self, file)
+
+    return [(Agent, "_leave", mutant)]
+
+
+def _releases_before_consumers_are_back() -> list[Patch]:
+    leave = Agent._leave
+
+    def mutant(self: Agent, file: Any) -> None:
+        if file.stage is Stage.SHARED and file.version is not None:
+            self._release.append(file.version.id)
+        leave(self, file)
+
+    return [(Agent, "_leave", mutant)]
+
+
+def _waits_for_no_consumer() -> list[Patch]:
+    finish = Agent._finish_leaving
+
+    def mutant(self: Agent, file: Any) -> None:
+        for use in file.uses.values():
+            use.leaving = False
+        finish(self, file)
+
+    return [(Agent, "_finish_leaving", mutant)]
+
+
+def _asks_twice() -> list[Patch]:
+    advance = Agent._advance
+
+    def mutant(self: Agent, file: Any) -> None:
+        self._asked.clear()
+        advance(self, file)
+
+    return [(Agent, "_advance", mutant)]
+
+
+def _asks_on_when_all_have_closed() -> list[Patch]:
+    use_ended = Agent._on_use_ended
+
+    def mutant(self: Agent, use: Any) -> None:
+        file = self._uses.get(use)
+        if file is not None and file.stage is Stage.ASKING:
+            del self._uses[use], file.uses[use]
+        else:
+            use_ended(self, use)
+
+    return [(Agent, "_on_use_ended", mutant)]
+
+
+def _believes_any_identity() -> list[Patch]:
+    taken = Agent._on_lease_taken
+
+    def mutant(self: Agent, event: ag.LeaseTaken) -> None:
+        file = self._files.get(event.key)
+        if file is not None and file.version is not None:
+            event = ag.LeaseTaken(event.key, file.version.identity)
+        taken(self, event)
+
+    return [(Agent, "_on_lease_taken", mutant)]
+
+
+def _does_not(owner: type, attribute: str, result: object = None) -> Callable[[], list[Patch]]:
+    """A mutant that leaves out one method."""
+    return lambda: [(owner, attribute, lambda *_args, **_more: result)]
+
+
+MUTANTS: Final[dict[str, Callable[[], list[Patch]]]] = {
+    "grant-before-commit": _grants_before_the_owner_is_saved,
+    "commits-out-of-order": _commits_out_of_order,
+    "publish-despite-mismatch": _publishes_what_was_not_right,
+    "retract-a-used-slot": _retracts_a_used_slot,
+    "k-less-one": _wants_with_one_holder_less,
+    "no-unmark": _does_not(CheckedTable, "unmark"),
+    "no-remark": _forgets_marks,
+    "no-release-on-hello": _does_not(Engine, "_reconcile"),
+    "no-end-of-grace": _keeps_grants_for_ever,
+    "coming-not-cleared": _does_not(Engine, "_not_coming"),
+    "deferred-for-ever": _does_not(Engine, "_expect_deferred"),
+    "no-sweep-of-offers": _does_not(Engine, "_sweep_offers"),
+    "no-retry": _does_not(Engine, "_sweep_retries"),
+    "offer-to-nobody": _offers_what_nobody_holds,
+    "no-quota-at-the-end": _does_not(Engine, "_fits", True),
+    "restore-without-owners": _restores_no_owners,
+    "owners-stay-in-the-store": _clears_no_owner_in_the_store,
+    "slots-counted-anew": _counts_slots_anew_after_a_restart,
+    "lease-given-back-first": _gives_the_lease_back_first,
+    "release-before-let-go": _releases_before_consumers_are_back,
+    "wait-for-no-consumer": _waits_for_no_consumer,
+    "ask-twice": _asks_twice,
+    "ask-when-all-have-closed": _asks_on_when_all_have_closed,
+    "any-identity": _believes_any_identity,
+    "withdraw-ignored": _does_not(Agent, "_on_withdraw"),
+    "detach-ignored": _does_not(Agent, "_on_detach"),
+    "lease-break-ignored": _does_not(Agent, "_on_lease_broken"),
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.sim", description="Simulate a host.")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seeds", default=f"0:{SEEDS}", help="A:B, B left out")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--mutant", choices=sorted(MUTANTS))
+    parser.add_argument("--mutants", action="store_true", help="break the code in each known way; every one must fail")
+    parser.add_argument("--verbose", action="store_true")
+    args = parser.parse_args(argv)
+    out = sys.stdout.write
+    begun = time.monotonic()
+    if args.seed is not None:
+        with mutated(args.mutant):
+            what, digest, trace = run_seed(args.seed, args.steps, args.verbose)
+        out("".join(line + "\n" for line in trace))
+        out(f"seed {args.seed}: {what or 'good'} ({digest})\n")
+        return what is not None
+    first, end = (int(part) for part in args.seeds.split(":"))
+    if args.mutants:
+        alive = []
+        for name in MUTANTS:
+            failures = run_seeds(first, end, args.steps, args.workers, name, stop=True)
+            out(f"{name:32} {f'seed {failures[0][0]}: {failures[0][1]}' if failures else 'ALIVE'}\n")
+            sys.stdout.flush()
+            alive += [] if failures else [name]
+        return bool(alive)
+    failures = run_seeds(first, end, args.steps, args.workers, args.mutant)
+    for seed, what in failures[:40]:
+        out(f"{replay(seed, args.steps)}  # {what}\n")
+    kinds = Counter(what.split(":")[0] for _, what in failures)
+    out(f"{end - first} seeds, {len(failures)} failed {dict(kinds)}, {time.monotonic() - begun:.1f} s\n")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
