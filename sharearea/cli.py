@@ -248,9 +248,17 @@ def _pages(pages: int) -> str:
     return _mib(pages * 4096)
 
 
+class _Console(Console):
+    """A console that says so when its reader has gone: rich's own would end the process with exit code 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to main()."""
+        raise BrokenPipeError
+
+
 def _console() -> Console:
     """Return a console; what is not a terminal has lines as long as they get."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 4096)
+    return _Console(highlight=False, width=None if sys.stdout.isatty() else 4096)
 
 
 def _print_table(console: Console, columns: Sequence[str], rows: Any, nothing: str) -> None:

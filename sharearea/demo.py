@@ -119,19 +119,22 @@ def run(options: argparse.Namespace) -> int:
     _check_room(parent, options)
     work = Path(tempfile.mkdtemp(prefix="sharearea-demo-", dir=parent))
     work.chmod(0o755)
-    signal.signal(signal.SIGTERM, _interrupt)
-    demo = _Demo(work, options, console)
+    interrupts = _Interrupts()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupts)
+    demo = _Demo(work, options, console, interrupts)
     try:
         figures = demo.run()
     except BaseException:
         demo.show_logs()
         raise
     finally:
-        demo.stop()
-        if options.keep:
-            console.print(f"kept: {work}")
-        else:
-            shutil.rmtree(work, ignore_errors=True)
+        with interrupts.held():
+            demo.stop()
+            if options.keep:
+                console.print(f"kept: {work}")
+            else:
+                shutil.rmtree(work, ignore_errors=True)
     _print_figures(console, figures)
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
@@ -143,8 +146,29 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+class _Interrupts:
+    """A signal handler that raises KeyboardInterrupt, but not while a process is being started or ended."""
+
+    def __init__(self) -> None:
+        self._held = False
+        self._pending = False
+
+    def __call__(self, *_: object) -> None:
+        if not self._held:
+            raise KeyboardInterrupt
+        self._pending = True
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Put interrupts off to the end of the block."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._pending:
+            self._pending = False
+            raise KeyboardInterrupt
 
 
 def _check_room(parent: Path, options: argparse.Namespace) -> None:
@@ -172,11 +196,13 @@ def _needed(options: argparse.Namespace) -> int:
 class _Demo:
     """One run: the folder, the processes, the clock."""
 
-    def __init__(self, work: Path, options: argparse.Namespace, console: Console) -> None:
+    def __init__(self, work: Path, options: argparse.Namespace, console: Console, interrupts: _Interrupts) -> None:
         self.work = work
+        self.interrupts = interrupts
         self.options = options
         self.console = console
         self.domains = [_Domain(f"demo-{n + 1}", work / f"demo-{n + 1}") for n in range(options.domains)]
+        self.chosen: list[Path] = []
         self.broker: subprocess.Popen[bytes] | None = None
         self.status_socket = work / "status.sock"
         self.logs: list[IO[bytes]] = []
@@ -191,6 +217,7 @@ class _Demo:
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
         )
+        self.chosen = _choose(self.options.source or _default_sources(), self.options.size_mib * _MIB, self.work)
         with Progress(*columns, console=self.console, transient=True) as progress:
             self._copy(progress)
             counted = self._count(progress)
@@ -217,11 +244,10 @@ class _Demo:
 
     def _copy(self, progress: Progress) -> None:
         options = self.options
-        chosen = _choose(options.source or _default_sources(), options.size_mib * _MIB, self.work)
         own = round(options.size_mib * _MIB * options.unique_ratio / _OWN_FILE_BYTES)
-        task = progress.add_task("copy files", total=len(self.domains) * (len(chosen) + own))
+        task = progress.add_task("copy files", total=len(self.domains) * (len(self.chosen) + own))
         for domain in self.domains:
-            for source in chosen:
+            for source in self.chosen:
                 target = domain.root / "common" / source.relative_to(source.anchor)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
@@ -272,12 +298,15 @@ class _Demo:
     def _start(self) -> None:
         config = self.work / "broker.toml"
         config.write_text(_broker_toml(self.work, self.status_socket, self.options))
-        self.broker = self._spawn("broker", [_command("sharearea"), "broker", "--config", os.fspath(config)])
+        with self.interrupts.held():
+            self.broker = self._spawn("broker", [_command("sharearea"), "broker", "--config", os.fspath(config)])
         _wait_for(lambda: self._status() is not None, _START_S, "the broker", self._check_alive)
         for domain in self.domains:
             config = self.work / f"{domain.name}.toml"
             config.write_text(_agent_toml(domain, self.work))
-            domain.agent = self._spawn(domain.name, [_command("sharearea-agent"), "run", "--config", os.fspath(config)])
+            command = [_command("sharearea-agent"), "run", "--config", os.fspath(config)]
+            with self.interrupts.held():
+                domain.agent = self._spawn(domain.name, command)
 
     def _spawn(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
         log = (self.work / f"{name}.log").open("wb")
@@ -347,20 +376,16 @@ class _Demo:
                 listing.write_bytes(b"\n".join(os.fsencode(path) for path in domain.files))
                 log = (self.work / f"{domain.name}.consumer.log").open("wb")
                 self.logs.append(log)
-                domain.consumer = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-m",
-                        "sharearea_agent.demo_consumer",
-                        os.fspath(listing),
-                        os.fspath(domain.consumers),
-                    ],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    text=True,
-                    start_new_session=True,
-                )
+                module = "sharearea_agent.demo_consumer"
+                with self.interrupts.held():
+                    domain.consumer = subprocess.Popen(
+                        [sys.executable, "-m", module, os.fspath(listing), os.fspath(domain.consumers)],
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=log,
+                        text=True,
+                        start_new_session=True,
+                    )
             assert domain.consumer.stdin is not None
             domain.consumer.stdin.write(phase + "\n")
             domain.consumer.stdin.flush()

@@ -69,6 +69,7 @@ class Settings:
     answer_timeout: float = 20.0  # a fetch, an announced report or a greeting may take as long
     ping_interval: float = 15.0
     tally_interval: float = 1.0  # one line per kind of event and domain in as long
+    leaving_retry: float = 0.25  # for a domain that comes back while its files are still being forgotten
     retry: float = 30.0  # pause after the area, the store or the host was full
     strikes: int = 3
     penalty: float = 300.0  # a domain that struck out is refused for as long
@@ -287,7 +288,11 @@ class Engine:
     def busy(self) -> bool:
         """Return whether a Tick would find work at once: a sweep is under way."""
         return any(
-            pool.offers or pool.remarks or pool.reconsider or (pool.offers_at != pool.index.changed and pool.quiet)
+            pool.offers
+            or pool.remarks
+            or pool.reconsider
+            or pool.index.leaving
+            or (pool.offers_at != pool.index.changed and pool.quiet)
             for pool in self._pools.values()
         )
 
@@ -400,8 +405,11 @@ class Engine:
                 peer, "already-connected", f"another agent is connected as {domain}", domain, self.settings.retry
             )
             return
-        holdings = pool.index.join(domain)
-        if holdings is None:
+        if domain in pool.index.leaving:
+            text = f"what {domain} reported before is still being forgotten"
+            self._refuse(peer, "still-leaving", text, domain, self.settings.leaving_retry)
+            return
+        if pool.index.join(domain) is None:
             text = f"pool {pool.name} has max_domains = {pool.rules.max_domains} domains already"
             self._refuse(peer, "pool-full", text, domain, self.settings.retry)
             return
@@ -478,9 +486,14 @@ class Engine:
         for report in peer.reports.values():
             self._not_coming(pool, report)
         pool.remarks.pop(peer.domain, None)
-        self._save(pool.index.leave(peer.domain))
+        pool.index.leave(peer.domain)
+        self._drain(pool, peer.domain)
         pool.absent[peer.domain] = self._now + self.settings.grace
         self._log("domain.left", domain=peer.domain, pool=pool.name, detail=why)
+
+    def _drain(self, pool: _Pool, domain: DomainId) -> None:
+        """Forget some of the files of a domain that has left; ticks do the rest."""
+        self._save(pool.index.drain(domain, _SWEEP))
 
     # ---------------------------------------------------------------------------------------------------- reports
 
@@ -1000,12 +1013,15 @@ class Engine:
             self._expect_deferred(peer, peer.pool)
 
     def _check_absent(self, pool: _Pool) -> None:
+        for domain in list(pool.index.leaving):
+            self._drain(pool, domain)
         for domain in [d for d, until in pool.absent.items() if self._now >= until]:
-            del pool.absent[domain]
             files = pool.index.owned_by(domain)
-            self._save(pool.index.release(domain, files))
+            self._save(pool.index.release(domain, files[:_SWEEP]))
+            if len(files) <= _SWEEP:
+                del pool.absent[domain]
             if files:
-                self._log("pages.released", domain=domain, pool=pool.name, files=len(files), reason="agent-gone")
+                self._tally(pool, "pages.released", domain, files=min(_SWEEP, len(files)))
         if pool.settle_at is not None and self._now >= pool.settle_at:
             pool.settle_at = None
             self._save(pool.index.settle())

@@ -13,6 +13,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from .common import wire
 from .model import (
@@ -106,6 +107,8 @@ class PoolIndex:
         self.segments: dict[int, tuple[int, int]] = {}
         self.next_slot: SlotNumber = 0
         self.changed = 0  # grows whenever slots are published or freed
+        self.leaving: dict[DomainId, None] = {}
+        self._owned: dict[DomainId, dict[FileId, None]] = {}  # the keys of `owners`, by domain
         self._numbers = list(range(max_domains - 1, -1, -1))
         self._restored = b""
 
@@ -119,12 +122,18 @@ class PoolIndex:
         self.domains[domain] = holdings
         return holdings
 
-    def leave(self, domain: DomainId) -> list[Change]:
-        """Forget everything a domain reported. Its grants stay until they are released."""
-        changes = self.drop(domain, list(self.domains[domain].files))
-        holdings = self.domains.pop(domain)
-        self.table.forget(holdings.number)
-        self._numbers.append(holdings.number)
+    def leave(self, domain: DomainId) -> None:
+        """Take a domain's marks off all pages. Its files go with `drain`; its grants stay until they are released."""
+        self.table.forget(self.domains[domain].number)
+        self.leaving[domain] = None
+
+    def drain(self, domain: DomainId, most: int) -> list[Change]:
+        """Forget up to `most` files of a domain that leaves. After the last one it is gone and may join again."""
+        holdings = self.domains[domain]
+        changes = self.drop(domain, list(islice(holdings.files, most)))
+        if not holdings.files:
+            del self.domains[domain], self.leaving[domain]
+            self._numbers.append(holdings.number)
         return changes
 
     def find(self, root: bytes) -> Content | None:
@@ -264,7 +273,11 @@ class PoolIndex:
         if (domain, file) in self.owners:
             raise ValueError(f"{domain} owns file {file} already")
         self.table.map(runs)
-        self.owners[domain, file] = Owner(instance, runs)
+        self._add_owner(domain, file, Owner(instance, runs))
+
+    def _add_owner(self, domain: DomainId, file: FileId, owner: Owner) -> None:
+        self.owners[domain, file] = owner
+        self._owned.setdefault(domain, {})[file] = None
 
     def release(self, domain: DomainId, files: Iterable[FileId]) -> list[Change]:
         """End the ownership of these files; those not owned are passed over."""
@@ -273,13 +286,14 @@ class PoolIndex:
         for file in files:
             owner = self.owners.pop((domain, file), None)
             if owner is not None:
+                del self._owned[domain][file]
                 freed += self.table.unmap(owner.runs)
                 changes.append(OwnerCleared(self.pool, domain, file))
         return changes + self._freed(bytes(freed))
 
     def owned_by(self, domain: DomainId) -> list[FileId]:
         """Return the files that a domain has grants for."""
-        return [file for owner, file in self.owners if owner == domain]
+        return list(self._owned.get(domain, ()))
 
     # ------------------------------------------------------------------------------------------------------ segments
 
@@ -323,7 +337,7 @@ class PoolIndex:
         mapped: set[SlotNumber] = set()
         for key, owner in record.owners.items():
             self.table.map(owner.runs)
-            self.owners[key] = Owner(owner.instance, owner.runs)
+            self._add_owner(*key, Owner(owner.instance, owner.runs))
             if left:
                 runs = array("I", owner.runs)
                 mapped.update(

@@ -198,7 +198,10 @@ class Machine(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 99))
     def leave(self, pick: int) -> None:
         domain = sorted(self.files)[pick % len(self.files)]
-        changes = self.index.leave(domain)
+        self.index.leave(domain)
+        changes: list[Change] = []
+        while domain in self.index.leaving:
+            changes += self.index.drain(domain, 2)
         for file in list(self.files[domain]):
             self.model_drop(domain, file)
         del self.files[domain], self.marks[domain]
@@ -389,23 +392,22 @@ class Machine(RuleBasedStateMachine):
     # ------------------------------------------------------------------------------------------------------- grants
 
     @precondition(lambda self: self.slot_of and any(self.files.values()))
-    @rule(pick=st.integers(0, 99))
-    def own(self, pick: int) -> None:
-        found = self.some_file(pick)
-        if found is None:
-            return
-        domain, file = found
-        held = self.files[domain][file]
-        runs = self.index.grantable(domain, file)
-        expected = [(n, self.slot_of[s]) for n, s in zip(held.numbers, held.symbols, strict=True) if s in self.slot_of]
-        assert expanded(runs) == expected
-        if (domain, file) in self.mapped:
-            with pytest.raises(ValueError, match="already"):
-                self.index.own(domain, file, bytes(16), runs)
-        elif runs:
-            self.record.apply([self.index.owner_change(domain, file, b"i" * 16, runs)])
-            self.index.own(domain, file, b"i" * 16, runs)
-            self.mapped[domain, file] = [slot for _, slot in expected]
+    @rule(pick=st.integers(0, 99), all_of_them=st.booleans())
+    def own(self, pick: int, all_of_them: bool) -> None:
+        files = [(domain, file) for domain, files in self.files.items() for file in files]
+        for domain, file in files if all_of_them else [files[pick % len(files)]]:
+            held = self.files[domain][file]
+            runs = self.index.grantable(domain, file)
+            pairs = zip(held.numbers, held.symbols, strict=True)
+            expected = [(number, self.slot_of[symbol]) for number, symbol in pairs if symbol in self.slot_of]
+            assert expanded(runs) == expected
+            if (domain, file) in self.mapped:
+                with pytest.raises(ValueError, match="already"):
+                    self.index.own(domain, file, bytes(16), runs)
+            elif runs:
+                self.record.apply([self.index.owner_change(domain, file, b"i" * 16, runs)])
+                self.index.own(domain, file, b"i" * 16, runs)
+                self.mapped[domain, file] = [slot for _, slot in expected]
 
     @precondition(lambda self: self.mapped)
     @rule(domain=st.sampled_from(DOMAINS), files=st.lists(st.integers(0, 5), max_size=4))

@@ -573,8 +573,8 @@ class Agent:
 
     def _finish(self) -> list[Action]:
         for ids, message, most in (
-            (self._gone, wire.Gone, wire.MAX_IDS),
-            (self._release, wire.Release, wire.MAX_IDS),
+            (self._gone, wire.Gone, wire.MAX_CHANGES),
+            (self._release, wire.Release, wire.MAX_CHANGES),
             (self._attach, wire.Attach, wire.MAX_ATTACH),
         ):
             if self._welcome is not None:

@@ -44,7 +44,8 @@ BATCH_BYTES: Final = 256 << 20  # fingerprinted
 BATCH_SECONDS: Final = 0.05
 MAX_DEPTH: Final = 128  # folders below a designated one; each level costs a descriptor
 MAX_AGAIN: Final = 4096  # files to look at again soon; the next full scan looks at all
-AGAIN_NS: Final = 1_000_000_000  # until a file that changed while it was read is looked at again
+# Until a file that changed while it was read, or could not be opened just then, is looked at again.
+AGAIN_NS: Final = 1_000_000_000
 
 _FILE_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _FOLDER_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -371,7 +372,7 @@ class Scanner:
     def due(self) -> list[bytes]:
         """Return the paths that it is time to look at again, and forget them.
 
-        Those are files that were too young to be trusted (cache.py), and such that changed while they were read.
+        Those are files that were too young to be trusted (cache.py), changed while they were read, or were busy.
         """
         now = self._clock_ns()
         paths = [path for path, due in self._again.items() if due <= now]
@@ -533,6 +534,7 @@ class Scanner:
             self._count_error(_KINDS.get(error.errno or 0, "io"))
             if error.errno in (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.EIO):
                 found.seen.add(path)  # it is there
+                self._look_again(path, self._clock_ns() + AGAIN_NS)
             return
         found.seen.add(path)
         try:

@@ -31,6 +31,7 @@ MAX_REPORT_PAGES = 4096
 MAX_PATH = 4096
 MAX_FILE_PAGES = 262_144  # 1 GiB: bounds the work that one file root can ask of the broker's loop
 MAX_IDS = 4096
+MAX_CHANGES = 256  # files whose reports or grants end with one message
 MAX_ATTACH = 64  # each costs the broker a pass over the file's pages
 MAX_HELD = 65_536
 MAX_GRANT_RUNS = 65_536
@@ -204,7 +205,7 @@ class Gone(Message):
     """Files that changed, vanished or are not resident any more: what was reported of them is void."""
 
     TYPE: ClassVar[int] = 4
-    ids: bytes = column(4, MAX_IDS)
+    ids: bytes = column(4, MAX_CHANGES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +237,7 @@ class Release(Message):
     """Files whose grants nobody in this domain uses any more."""
 
     TYPE: ClassVar[int] = 7
-    ids: bytes = column(4, MAX_IDS)
+    ids: bytes = column(4, MAX_CHANGES)
 
 
 @dataclass(frozen=True, slots=True)
