@@ -132,8 +132,9 @@ def _children(pid: int) -> list[int]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_demo_interrupted(disk_path: Path, number: signal.Signals) -> None:
+    work = _demo_folders(disk_path)
     demo = subprocess.Popen(
-        [BIN / "sharearea", "demo", "--size-mib", "32", "--domains", "2", "--work-dir", disk_path],
+        [BIN / "sharearea", "demo", "--domains", "2", *_demo_words(disk_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
@@ -144,19 +145,33 @@ def test_demo_interrupted(disk_path: Path, number: signal.Signals) -> None:
         wait("its processes", lambda: demo.poll() is not None or len(_children(demo.pid)) >= 3)
         children = _children(demo.pid)
         demo.send_signal(number)
+        demo.send_signal(number)  # somebody is impatient
         output = demo.stdout.read().decode()
         assert demo.wait(30) == 130, output
     assert "Traceback" not in output
     assert "interrupted" in output
     assert not any(Path(f"/proc/{child}").exists() for child in children)
-    assert list(disk_path.iterdir()) == []
+    assert list(work.iterdir()) == []
+
+
+def _demo_folders(folder: Path) -> Path:
+    """Make files to share, and the folder for the demo's own."""
+    (folder / "source").mkdir()
+    for n in range(16):
+        (folder / "source" / f"n{n}.bin").write_bytes(noise(MIB // 2, n))
+        (folder / "source" / f"n{n}.bin").chmod(0o644)
+    (folder / "work").mkdir()
+    return folder / "work"
+
+
+def _demo_words(folder: Path) -> list[str]:
+    return ["--size-mib", "8", "--source", str(folder / "source"), "--work-dir", str(folder / "work")]
 
 
 def test_demo(disk_path: Path) -> None:
     figures_file = disk_path / "figures.json"
-    work = disk_path / "work"
-    work.mkdir()
-    words = ["--domains", "2", "--size-mib", "32", "--work-dir", str(work), "--json", str(figures_file)]
+    work = _demo_folders(disk_path)
+    words = ["--domains", "2", *_demo_words(disk_path), "--json", str(figures_file)]
     done = run("sharearea", "demo", *words, env=os.environ | {"COLUMNS": "100"})
     assert done.returncode == 0, done.stderr + done.stdout
     figures = json.loads(figures_file.read_text())
