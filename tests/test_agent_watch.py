@@ -98,7 +98,9 @@ def watched(disk_path: Path) -> Iterator[Watched]:
         pytest.param(lambda path: path.chmod(0o600), id="mode"),
         pytest.param(lambda path: os.utime(path, (0, 0)), id="times"),
         pytest.param(lambda path: path.unlink(), id="delete"),
-        pytest.param(lambda path: path.rename(path.parents[2] / "away"), id="away"),
+        pytest.param(
+            lambda path: path.rename(next(up for up in path.parents if up.name == "watched").parent / "away"), id="away"
+        ),
     ],
 )
 @pytest.mark.parametrize("name", ["old", "sub/old"])

@@ -11,7 +11,10 @@ from sharearea.common.logs import EVENTS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-SOURCES = [*sorted((ROOT / "sharearea").rglob("*.py")), *sorted((ROOT / "guest-agent" / "sharearea_agent").glob("*.py"))]
+SOURCES = [
+    *sorted((ROOT / "sharearea").rglob("*.py")),
+    *sorted((ROOT / "guest-agent" / "sharearea_agent").glob("*.py")),
+]
 
 
 def test_exit_codes_are_documented_as_they_are() -> None:
