@@ -523,7 +523,16 @@ class Agent:
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event at time `now` (seconds, any steady clock) and return what to do, in order."""
+        return self.handle_all((event,), now)
+
+    def handle_all(self, events: Iterable[Event], now: float) -> list[Action]:
+        """Take events that have all happened, in their order; what goes to the broker goes in one message of a kind."""
         self._now = now
+        for event in events:
+            self._take(event)
+        return self._finish()
+
+    def _take(self, event: Event) -> None:
         match event:
             case FromBroker():
                 self._on_message(event.message)
@@ -569,7 +578,6 @@ class Agent:
             case Tick():
                 self._private_bytes = event.private_bytes or self._private_bytes
                 self._on_tick()
-        return self._finish()
 
     def _finish(self) -> list[Action]:
         for ids, message, most in (
@@ -752,15 +760,16 @@ class Agent:
             file.detached = True
             self._leave(file)
         version = file.version
-        if version is not None and version.identity == seen.identity and not file.stale:
+        # A file that was too young to be trusted may turn out to be another one with the same times.
+        other_root = version is not None and None not in (version.root, seen.root) and version.root != seen.root
+        if version is not None and version.identity == seen.identity and not file.stale and not other_root:
             file.successor = None
             if file.stage is not Stage.PLAIN or version.root is not None or not seen.page_count:
                 return  # what is resident changes by itself, a content does not
             if version.pages == seen.pages and version.root == seen.root:
                 return
         elif version is not None and file.stage is Stage.SHARED and not file.broken and not file.stale:
-            same_root = version.root is None or seen.root is None or version.root == seen.root
-            if version.identity.size == seen.identity.size and same_root:
+            if version.identity.size == seen.identity.size and not other_root:
                 # Nobody could write under the lease: times or links changed, the bytes did not.
                 file.version = replace(version, identity=seen.identity)
                 self._act(RenewCache(file.key, version.identity, seen.identity))

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from .shared import SharedFile, open_shared
+from .shared import SharedFile, open_shared_all
 
 _STEP = 64
 _CHUNK = 1 << 20
@@ -53,10 +53,10 @@ def _say(line: dict[str, object]) -> None:
 
 
 def _attach(paths: list[bytes], socket: str | None, files: list[tuple[bytes, SharedFile]]) -> dict[str, object]:
-    for at, path in enumerate(paths, 1):
-        files.append((path, open_shared(path, agent=socket)))
-        if at % _STEP == 0:
-            _say({"phase": "attach", "done": at, "of": len(paths)})
+    for at in range(0, len(paths), _STEP):
+        part = paths[at : at + _STEP]
+        files.extend(zip(part, open_shared_all(part, agent=socket), strict=True))
+        _say({"phase": "attach", "done": len(files), "of": len(paths)})
     return _state(files)
 
 

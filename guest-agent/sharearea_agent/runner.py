@@ -167,7 +167,9 @@ class Runner:
     def _drain(self) -> None:
         """Hand queued events to the state machine until there are none."""
         while self._events:
-            for action in self.agent.handle(self._events.popleft(), time.monotonic()):
+            events = list(self._events)
+            self._events.clear()
+            for action in self.agent.handle_all(events, time.monotonic()):
                 self._act(action)
         if self._link is not None:
             self._flush()

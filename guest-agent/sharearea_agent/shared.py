@@ -19,6 +19,7 @@ import stat
 import threading
 import time
 from array import array
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, Self
 
@@ -128,7 +129,10 @@ class SharedFile(mmap.mmap):
         self._shared_pages = self._runs = 0
 
 
-def open_shared(path: str | bytes | os.PathLike[str], *, agent: str | None = None, timeout: float = 5.0) -> SharedFile:
+FilePath = str | bytes | os.PathLike[str]
+
+
+def open_shared(path: FilePath, *, agent: str | None = None, timeout: float = 5.0) -> SharedFile:
     """Map a whole regular file read-only and share what can be shared of it.
 
     Returns when the agent has answered, or after `timeout` seconds; pages may become shared, and plain again, at any
@@ -136,6 +140,31 @@ def open_shared(path: str | bytes | os.PathLike[str], *, agent: str | None = Non
     Raises OSError if the file cannot be opened, ValueError if it is empty or no regular file. Never fails because of
     the agent: the file is then plain, and `reason` says why.
     """
+    return open_shared_all((path,), agent=agent, timeout=timeout)[0]
+
+
+def open_shared_all(paths: Iterable[FilePath], *, agent: str | None = None, timeout: float = 5.0) -> list[SharedFile]:
+    """Map files as open_shared does, and wait for the agent's answers to all of them at once.
+
+    Several times faster than one by one. If one of them cannot be mapped, none is: the others are closed again.
+    """
+    session = _session(agent or os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET)
+    files: list[SharedFile] = []
+    try:
+        for path in paths:
+            files.append(_map(path))
+            session.add(files[-1])
+    except BaseException:
+        for shared in files:
+            shared.close()
+        raise
+    deadline = time.monotonic() + timeout
+    for shared in files:
+        shared._answered.wait(max(0.0, deadline - time.monotonic()))
+    return files
+
+
+def _map(path: FilePath) -> SharedFile:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         info = os.fstat(fd)
@@ -148,9 +177,6 @@ def open_shared(path: str | bytes | os.PathLike[str], *, agent: str | None = Non
         os.close(fd)
         raise
     shared._set_up(fd, info.st_size)
-    session = _session(agent or os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET)
-    session.add(shared)
-    shared._answered.wait(timeout)
     return shared
 
 
