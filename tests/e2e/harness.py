@@ -408,18 +408,26 @@ class Host:
 
     def close(self) -> None:
         """End every process that was started, remove everything, and say if one of them broke."""
-        for process in reversed(self.processes):
-            if process.alive:
+        running = [process for process in self.processes if process.alive]
+        for process in running:
+            if isinstance(process, Consumer):
+                process.kill()
+            else:
                 process.send(signal.SIGCONT)
-                if isinstance(process, Consumer):
-                    process.kill()
-                else:
-                    process.end()
+                process.send(signal.SIGTERM)
+        failures = []
+        for process in running:
+            try:
+                process.end()
+            except AssertionError as error:
+                failures.append(str(error))
+        for process in self.processes:
             for stream in (process.popen.stdin, process.popen.stdout):
                 if stream is not None:
                     with contextlib.suppress(OSError):
                         stream.close()
         shutil.rmtree(self.sockets)
+        assert not failures, f"{failures}\n{self.logs()}"
         broken = [log.name for log in self.folder.glob("*.log") if "Traceback" in log.read_text(errors="replace")]
         assert not broken or self.tracebacks_allowed, f"tracebacks in {broken}\n{self.logs()}"
 

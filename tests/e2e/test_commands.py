@@ -93,6 +93,7 @@ def test_json_and_tables(host: Host) -> None:
         done = run("sharearea", verb, "--json", *socket)
         assert (done.returncode, done.stderr) == (0, "")
         found[verb] = json.loads(done.stdout)
+    for verb in ("status", "files"):
         done = run("sharearea", verb, "--config", str(host.config))
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout
