@@ -155,7 +155,7 @@ class Broker:
         area = LocalArea(rules.name, key.key, slots, rules.max_area_bytes)
         self._undo.callback(area.close)
         self._areas[rules.name] = area
-        why = _adopt(area, record, slots, inherited)
+        why = _adopt(area, record, slots, rules.max_pages, inherited)
         if why is None and record is not None:
             self.log.event("area.adopted", pool=rules.name, segments=len(record.segments), owners=len(record.owners))
         else:
@@ -464,12 +464,14 @@ def _segment_name(pool: PoolId, segment: int) -> str:
     return f"sharearea-{pool}-{segment}"
 
 
-def _adopt(area: LocalArea, record: PoolRecord | None, slots: int, inherited: Inherited) -> str | None:
+def _adopt(area: LocalArea, record: PoolRecord | None, slots: int, max_pages: int, inherited: Inherited) -> str | None:
     """Take over every segment that the store knows, from the service manager; say why not all of them came."""
     if record is None or not record.segments:
         return "no-earlier-area"
     if record.slots_per_segment != slots:
         return "segment-size-changed"
+    if sum(len(fingerprints) for fingerprints in record.slots.values()) // wire.FINGERPRINT_SIZE > max_pages:
+        return "table-too-small"
     for segment, (dev, ino) in record.segments.items():
         fds = inherited.get(_segment_name(area.pool, segment), [])
         if not fds:

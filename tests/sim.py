@@ -1231,7 +1231,8 @@ class Guest:
                 inode.resident = {page for page in inode.resident if page < len(inode.symbols)}
                 inode.resident |= {page for page in range(len(inode.symbols)) if world.chance(0.7)}
                 inode.writing = None
-                self.look(path)
+                if world.chance(0.5):  # or the next scan finds it
+                    self.look(path)
                 world.writers_go_on(inode)
 
             inode.writing = finish

@@ -625,6 +625,31 @@ def test_files_that_wait_cannot_get_round_the_quota() -> None:
     assert broker.index.domains["a"].size_bytes <= 10 * PAGE
 
 
+def test_a_file_counts_with_its_whole_size_however_few_of_its_pages_are_resident() -> None:
+    broker = Broker(replace(RULES, max_bytes=10 * PAGE))
+    a = broker.join("a")
+    for file in (1, 2):
+        broker.say(a, roots((file, 6 * PAGE, 1, wire.NO_ROOT, b"/usr/f")))
+    assert verdicts(broker.send_pages(a, 1, [1]), a) == {}
+    assert verdicts(broker.send_pages(a, 2, [1]), a) == {2: Verdict.QUOTA_BYTES}
+    assert broker.index.domains["a"].size_bytes == 6 * PAGE
+
+
+def test_who_waited_for_a_root_is_held_to_its_quota_when_it_arrives() -> None:
+    broker = Broker(replace(RULES, max_bytes=10 * PAGE))
+    a, b = broker.join("a"), broker.join("b")
+    files = {1: [1, 2, 3, 4, 5, 6], 2: [1, 2, 3, 4, 5, 7]}
+    for file, symbols in files.items():
+        broker.report(a if file == 1 else b, file, symbols)
+    broker.say(b, wire.Gone(u32s(2)))
+    c = broker.join("c")
+    broker.report(c, 2, files[2])
+    for file in files:
+        broker.report(b, file, files[file])
+    assert verdicts(broker.send_pages(a, 1, files[1]), b) == {1: Verdict.KNOWN}
+    assert verdicts(broker.send_pages(c, 2, files[2]), b) == {2: Verdict.QUOTA_BYTES}
+
+
 def test_a_table_that_is_full_refuses_the_file_and_the_waiting_are_asked() -> None:
     broker = Broker(replace(RULES, max_pages=2))
     a, b = broker.join("a"), broker.join("b")
@@ -746,6 +771,15 @@ def test_pages_that_do_not_come_are_asked_of_another(broker: Broker, how: str) -
     done = broker.deliver(peer, again, [1, 2])
     assert broker.published() == {fp(1), fp(2)}
     assert offers(done, second) == {1: 2}
+
+
+def test_slots_of_pages_that_were_all_wrong_are_used_again(broker: Broker) -> None:
+    a, b = broker.join("a"), broker.join("b")
+    broker.bring(a, 1, [1, 2])
+    ((first, fetch),) = fetches(broker.bring(b, 1, [1, 2]))
+    ((second, fetch),) = fetches(broker.say(first, wire.Data(fetch.request, b"\1\1", page(8) + page(9))))
+    broker.deliver(second, fetch, [1, 2])
+    assert broker.record().slots == {0: fp(1), 1: fp(2)}
 
 
 def test_what_nobody_delivers_is_asked_for_again_later(broker: Broker) -> None:
@@ -1124,6 +1158,17 @@ def test_a_move_that_fails_changes_nothing_and_is_tried_again(broker: Broker, wh
         broker.ticks(10)
     assert broker.published() == before
     assert logged(broker.trace, "segment.moved")
+
+
+def test_what_is_reported_while_a_failed_move_pauses_publishing_is_asked_for_afterwards(broker: Broker) -> None:
+    a, b = thin(broker)
+    broker.no_room = True
+    assert logged(broker.tick(), "pool.paused")
+    broker.no_room = False
+    broker.bring(a, 9, [30])
+    assert fetches(broker.bring(b, 9, [30])) == []
+    ((_, fetch),) = fetches(broker.ticks(31))
+    assert fetch.file == 9
 
 
 def test_the_last_segment_is_never_closed(broker: Broker) -> None:

@@ -364,6 +364,10 @@ def test_a_bad_length_is_refused_at_once_and_for_ever_and_what_came_before_is_gi
         next(frames)
     with pytest.raises(ProtocolError, match="a frame of 9 bytes"):
         list(reader)
+    empty = FrameReader(8)
+    empty.feed(bytes(4))
+    with pytest.raises(ProtocolError, match="a frame of 0 bytes"):
+        list(empty)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

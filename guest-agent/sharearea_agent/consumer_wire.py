@@ -71,9 +71,14 @@ class ShareSegment(Message):
 
 @dataclass(frozen=True, slots=True)
 class Share(Message):
-    """Put these pages under your mapping: runs (page, slot in its segment, count) and the segment of each run."""
+    """Put these pages under your mapping: runs (page, slot in its segment, count) and the segment of each run.
+
+    The descriptor that travels with it holds a read lease on the file: close it when the plain file is back. As long as
+    it is open no writer gets on, whatever becomes of the agent.
+    """
 
     TYPE: ClassVar[int] = 34
+    FD: ClassVar[bool] = True
     handle: int = uint(0xFFFFFFFF)
     generation: int = uint(0xFFFFFFFF)
     runs: bytes = column(12, MAX_GRANT_RUNS)

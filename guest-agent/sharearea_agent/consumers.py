@@ -22,8 +22,9 @@ from typing import Final
 
 from . import agent
 from .agent import ConsumerId, Event, FileKey, Handle
+from .common import native
 from .common.control import Door
-from .common.errors import HostError, ProtocolError
+from .common.errors import HostError, NativeError, ProtocolError
 from .common.link import LinkClosed, QueueFull, StreamLink
 from .common.wire import Message
 from .consumer_wire import (
@@ -86,6 +87,7 @@ class ConsumerHub:
         self.files: dict[FileKey, OpenFile] = {}
         # Were all descriptors in use, arriving ones would be lost, and with them the connection that they came on.
         self._max_files = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _MAX_FDS - _SPARE_FDS)
+        self._leases: dict[tuple[ConsumerId, Handle], int] = {}  # of consumers: our duplicate of each
         self._limits: set[str] = set()  # those that have been logged and still hold
         # Every program of the domain may connect; it gets what its own descriptors prove.
         self._door = Door(path, 0o666, 128)
@@ -157,6 +159,7 @@ class ConsumerHub:
                     )
                 )
             case LetGo():
+                self._end_lease(consumer.id, message.handle)
                 self._feed(agent.ConsumerLetGo(consumer.id, message.handle, message.generation))
 
     def _on_open(self, consumer: _Consumer, message: Open, fd: int) -> None:
@@ -173,7 +176,7 @@ class ConsumerHub:
             return
         known = self.files.get(key)
         if known is None:
-            if len(self.files) + len(self._consumers) >= self._max_files:
+            if len(self.files) + len(self._leases) + len(self._consumers) >= self._max_files:
                 self._at_limit("files", f"consumers have {len(self.files)} files open: the limit on open files is near")
                 self._send(consumer, Plain(message.handle, "agent-limit"))
                 return
@@ -202,11 +205,43 @@ class ConsumerHub:
         if consumer is None:
             return
         runs, segments, numbers = self._mapper.translate(action.runs)
+        try:
+            lease = self._lease_for(consumer, action.handle)
+        except (OSError, NativeError) as error:
+            # A writer is there already (the agent hears of it and ends this), or descriptors are used up.
+            self._at_limit("files", f"cannot take a lease for a consumer: {error}")
+            self._send(consumer, Plain(action.handle, "lease-refused"))
+            return
         for number in numbers:
             if number not in consumer.segments:
                 self._send(consumer, ShareSegment(number), self._mapper.segment_fd(number))
                 consumer.segments.add(number)
-        self._send(consumer, Share(action.handle, action.generation, runs, segments))
+        self._send(consumer, Share(action.handle, action.generation, runs, segments), lease)
+
+    def _lease_for(self, consumer: _Consumer, handle: Handle) -> int:
+        """Take the read lease that a consumer holds itself, so that it outlives this agent, and return its descriptor.
+
+        Each has a lease of its own: a consumer that gives its one up harms nobody else. The agent keeps a duplicate to
+        end it, and hears of writers through its own lease on the file.
+        """
+        self._end_lease(consumer.id, handle)
+        fd = os.open(
+            f"/proc/self/fd/{self.files[consumer.files[handle]].fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        )
+        try:
+            native.lease_take(fd)
+            fcntl.fcntl(fd, fcntl.F_SETOWN, 0)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._leases[consumer.id, handle] = fd
+        return fd
+
+    def _end_lease(self, consumer: ConsumerId, handle: Handle) -> None:
+        fd = self._leases.pop((consumer, handle), None)
+        if fd is not None:
+            native.lease_release(fd)
+            os.close(fd)
 
     def unshare(self, action: agent.UnshareWith) -> None:
         """Ask a consumer to put its plain file back."""
@@ -265,6 +300,7 @@ class ConsumerHub:
         key = consumer.files.pop(handle, None)
         if key is None:
             return
+        self._end_lease(consumer.id, handle)
         self.files[key].uses.discard((consumer.id, handle))
 
     def release_unused(self, leased: Container[int] = ()) -> None:

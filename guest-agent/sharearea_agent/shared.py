@@ -4,8 +4,9 @@ One background thread per process talks to the agent. It compares shared pages w
 mapping, and puts the file's own pages back whenever the agent asks, which it does before any writer gets on. Without an
 agent, or when it dies, a mapping is simply the file.
 
-Needs two descriptors per open file (the mapping's own and the one that puts the file back) and one mapping per run of
-shared pages; where the process would run out of mappings, a file stays plain.
+Needs two descriptors per open file (the mapping's own and the one that puts the file back), a third while pages of it
+are shared (the lease, which this process holds itself so that a dying agent lets no writer in), and one mapping per run
+of shared pages; where the process would run out of mappings, a file stays plain.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class SharedFile(mmap.mmap):
         """Unmap the file and tell the agent. Twice is fine. BufferError: a view of it is still in use."""
         with self._lock:
             super().close()
+            self._keep_lease(-1)
             session, self._session = self._session, None
             self._shared_pages = 0
             fd, self._fd = self._fd, -1
@@ -104,6 +106,7 @@ class SharedFile(mmap.mmap):
     _length: int
     _shared_pages: int
     _runs: int
+    _lease: int
     _reason: str
     _answered: threading.Event
 
@@ -115,6 +118,7 @@ class SharedFile(mmap.mmap):
         self._handle = 0
         self._shared_pages = 0
         self._runs = 0
+        self._lease = -1
         self._reason = "no-agent"
         self._answered = threading.Event()
 
@@ -127,6 +131,13 @@ class SharedFile(mmap.mmap):
         if self._fd >= 0 and self._runs:
             native.map_file(self, self._fd, 0, self._pages)
         self._shared_pages = self._runs = 0
+        self._keep_lease(-1)
+
+    def _keep_lease(self, fd: int) -> None:
+        """Hold the lease of this descriptor from now on (-1: none), and give up the one before."""
+        before, self._lease = self._lease, fd
+        if before >= 0:
+            os.close(before)
 
 
 FilePath = str | bytes | os.PathLike[str]
@@ -315,7 +326,8 @@ class _Session:
                     shared._reason = message.reason
                     shared._answered.set()
             case Share():
-                self._on_share(link, message)
+                assert fd is not None
+                self._on_share(link, message, fd)
             case Unshare():
                 shared = self._files.get(message.handle)
                 if shared is not None:
@@ -326,13 +338,19 @@ class _Session:
                 with self._lock:
                     self._send(link, LetGo(message.handle, message.generation))
 
-    def _on_share(self, link: StreamLink, share: Share) -> None:
+    def _on_share(self, link: StreamLink, share: Share, lease: int) -> None:
         shared = self._files.get(share.handle)
         outcome, pages = MAPPED_NO_ROOM, 0
-        if shared is not None:
+        if shared is None:
+            os.close(lease)
+        else:
             with shared._lock:
+                shared._put_back()
+                shared._keep_lease(lease)
                 if shared._session is self:
                     outcome, pages = self._share(shared, array("I", share.runs), array("I", share.segments))
+                if outcome != MAPPED_DONE:
+                    shared._put_back()
         with self._lock:
             self._send(link, Mapped(share.handle, share.generation, pages, outcome))
         if shared is not None:
@@ -340,8 +358,7 @@ class _Session:
             shared._answered.set()
 
     def _share(self, shared: SharedFile, runs: array[int], segments: array[int]) -> tuple[int, int]:
-        """Compare, then map. Returns the outcome and the pages that are shared now."""
-        shared._put_back()
+        """Compare, then map, under the file's lease. Returns the outcome and the pages that are shared now."""
         used = sum(other._runs for other in list(self._files.values()))
         if used + len(segments) > self._room or os.fstat(shared._fd).st_size != shared._length:
             return MAPPED_NO_ROOM, 0
@@ -354,6 +371,8 @@ class _Session:
                     if native.compare_pages(shared._fd, page, slots) != count:
                         return MAPPED_DIFFERENT, 0
                 pages += count
+            if not native.lease_held(shared._lease):
+                return MAPPED_NO_ROOM, 0  # a writer waits already: Unshare is on its way
             at = 0
             while at < len(segments):
                 end = at
@@ -368,7 +387,6 @@ class _Session:
                 # Pages in between come from the file: read-ahead would bring the shared ones back into the cache.
                 shared.madvise(mmap.MADV_RANDOM)
         except (NativeError, OSError, KeyError, ValueError):
-            shared._put_back()
             return MAPPED_NO_ROOM, 0
         shared._shared_pages = pages
         return MAPPED_DONE, pages

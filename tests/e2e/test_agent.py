@@ -70,6 +70,24 @@ def test_agent_comes_back_within_the_grace_time(host: Host) -> None:
     host.wait_pages("pages_sharing", 0)
 
 
+def test_no_writer_gets_in_while_a_program_has_not_heard_of_its_agents_death(host: Host) -> None:
+    domain, [program], data = _attached(host)
+    path = domain.root / "f.bin"
+    program.send(signal.SIGSTOP)
+    threads = Path(f"/proc/{program.pid}/task")
+    wait("all threads stopped", lambda: all(" T " in (t / "stat").read_text() for t in threads.iterdir()))
+    domain.running.kill()
+    # The lease is the program's own: it is still there, and with it the shared pages under the mapping.
+    with pytest.raises(BlockingIOError):
+        os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    program.send(signal.SIGCONT)
+    fd = os.open(path, os.O_WRONLY)  # waits until the program is back on the plain file
+    os.pwrite(fd, bytes(len(data)), 0)
+    os.close(fd)
+    assert program.ask("hash", name="f") == digest(bytes(len(data)))
+    assert program.pages() == 0
+
+
 def test_agent_stopped_by_sigterm(host: Host) -> None:
     domain, [program], data = _attached(host)
     sockets = (domain.control_socket, domain.consumer_socket)
