@@ -72,8 +72,8 @@ class Fleet:
         self.consumers: list[int] = []
         self._talking: list[Any] = []
         self._broker_cpu = 0.0
-        self.files = OpenFiles(data.files(groups))
         # Own files count for nothing: the kernel may drop their pages at any time, and nobody shared them.
+        self.own = OpenFiles(data.files(tuple(group for group in groups if group == "own")))
         self.common = OpenFiles(data.files(tuple(group for group in groups if group != "own")))
         self.before = 0
 
@@ -87,7 +87,8 @@ class Fleet:
 
     def prepare(self) -> None:
         """Bring all files into the page cache, start the broker, and count."""
-        self.files.read_through()
+        for files in (self.own, self.common):
+            files.read_through()
         self.broker = start_broker(self.processes, self.work, max_area_bytes=4 * GIB)
         self.before = self.common.cached_bytes()
         self._broker_cpu = cpu_s(self.broker)
@@ -195,5 +196,5 @@ def fleet(work: Path, data: DataSet, groups: tuple[str, ...]) -> Iterator[Fleet]
     work.mkdir(parents=True, exist_ok=True)
     with Processes(work) as processes:
         one = Fleet(work, data, groups, processes)
-        with one.files, one.common:
+        with one.own, one.common:
             yield one

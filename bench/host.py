@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -231,8 +232,12 @@ class OpenFiles:
         try:
             for path in paths:
                 self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        except OSError:
+        except OSError as error:
             self.close()
+            if error.errno == errno.EMFILE:
+                raise HostError(
+                    f"{len(paths)} files are more than this process may open", "raise the hard limit on open files"
+                ) from None
             raise
 
     def cached_bytes(self) -> int:

@@ -649,13 +649,13 @@ def _meminfo() -> dict[str, int]:
 
 
 def _private_bytes(pid: int) -> int:
-    """Return a process's private memory without the area's segments, which count once, as the area."""
+    """Return a process's private memory, without what is counted by itself: the area's segments and the store."""
     total, counts = 0, True
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if line.startswith(("Private_Clean:", "Private_Dirty:")):
             total += counts * int(line.split()[1]) * 1024
         elif "-" in line.partition(" ")[0]:
-            counts = "/memfd:sharearea-" not in line
+            counts = "/memfd:sharearea-" not in line and not line.endswith("/data.mdb")
     return total
 
 

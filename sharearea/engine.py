@@ -506,7 +506,7 @@ class Engine:
             array("I", message.ids), array("Q", message.sizes), array("I", message.counts), message.paths, strict=True
         )
         for at, (file, size, count, path) in enumerate(columns):
-            if any(file in known for known in (holdings.files, peer.reports, peer.waiting, peer.deferred)):
+            if file in holdings.files or file in peer.reports or file in peer.waiting or file in peer.deferred:
                 raise ProtocolError(f"file {file} is reported already; it must be Gone first")
             verdict, _ = self.policy.judge(pool.name, path, size)
             if verdict is None:

@@ -66,7 +66,8 @@ class Runner:
         self._scanner_of: tuple[bytes, ScanSettings] | None = None
         self._cache: FingerprintCache | None = None
         self._cache_epoch = b""
-        self._drops = 0  # under way
+        self._to_drop: list[tuple[int, list[Run]]] = []
+        self._drops = 0  # jobs under way
         self._scanning = False
         self._rescan_at: float | None = None
         self._rescan_wanted = False
@@ -173,6 +174,10 @@ class Runner:
             self._events.clear()
             for action in self.agent.handle_all(events, time.monotonic()):
                 self._act(action)
+        if self._to_drop:
+            self._drops += 1
+            self._worker.submit(partial(self._drop_all, self._to_drop))
+            self._to_drop = []
         if self._link is not None:
             self._flush()
 
@@ -239,18 +244,29 @@ class Runner:
             if mask & selectors.EVENT_WRITE:
                 link.flush()
             if mask & selectors.EVENT_READ:
-                for message, fd in link.receive():
-                    if isinstance(message, wire.Segment) and fd is not None:
-                        self._mapper.add_segment(message.segment, fd)
-                    elif isinstance(message, wire.Welcome):
-                        self._mapper.slots_per_segment = message.slots_per_segment
-                    self._events.append(agent.FromBroker(message))
-                    # One at a time: a Segment belongs to the Granted behind it, a Retired to what came before.
-                    self._drain()
-                    if self._link is not link:
-                        return
+                self._on_messages(link, deque(link.receive()))
         except (LinkClosed, ProtocolError) as error:
             self._lose_link(error.message)
+
+    def _on_messages(self, link: StreamLink, messages: deque[tuple[wire.Message, int | None]]) -> None:
+        """Take up messages in their order; those behind one that ended the connection are nobody's any more."""
+        try:
+            while messages and self._link is link:
+                if isinstance(messages[0][0], wire.Segment | wire.Welcome):
+                    self._drain()  # what came before speaks of the area as it was
+                    if self._link is not link:
+                        return
+                message, fd = messages.popleft()
+                if isinstance(message, wire.Segment) and fd is not None:
+                    self._mapper.add_segment(message.segment, fd)
+                elif isinstance(message, wire.Welcome):
+                    self._mapper.slots_per_segment = message.slots_per_segment
+                self._events.append(agent.FromBroker(message))
+            self._drain()
+        finally:
+            for _, fd in messages:
+                if fd is not None:
+                    os.close(fd)
 
     def _send(self, message: wire.Message) -> None:
         if self._link is None:
@@ -376,10 +392,12 @@ class Runner:
         # Dropping goes by whole folios: one call over the file gets more of it than many over its parts. What is not
         # in the area is dropped along only where that is little.
         whole = covered * 10 >= action.page_count * 9
-        ranges = [(0, 0)] if whole else list(zip(runs[0::3], runs[2::3], strict=True))
+        self._to_drop.append((fd, [(0, 0)] if whole else list(zip(runs[0::3], runs[2::3], strict=True))))
 
-        def job() -> Then:
-            gone = 0
+    def _drop_all(self, files: list[tuple[int, list[Run]]]) -> Then:
+        """On the worker: drop ranges of files, and close their descriptors."""
+        gone = 0
+        for fd, ranges in files:
             try:
                 for first, count in ranges:
                     before, after = native.drop_pages(fd, first, count)
@@ -388,10 +406,7 @@ class Runner:
                 pass  # the next interval tries again
             finally:
                 os.close(fd)
-            return partial(self._dropped, gone)
-
-        self._drops += 1
-        self._worker.submit(job)
+        return partial(self._dropped, gone)
 
     def _dropped(self, pages: int) -> None:
         self._drops -= 1
