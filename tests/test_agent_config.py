@@ -75,7 +75,6 @@ def test_values_arrive() -> None:
         Path("/e"),
         3600.0,
         0.0,
-        2,
         40.0,
         False,
         0.1,

@@ -16,6 +16,7 @@ import resource
 import select
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -35,6 +36,7 @@ PAGE = 4096
 MIB = 1 << 20
 POOL = "p"
 DEADLINE = 40.0
+USE_S = 3.0
 """Seconds until a condition that must come true is given up. Reached only when something is broken."""
 
 
@@ -247,6 +249,15 @@ class Domain:
         """Run the agent's command line."""
         return run("sharearea-agent", words[0], "--config", str(self.config), *words[1:])
 
+    def use(self) -> None:
+        """Read all plain files of the domain, as its programs would."""
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                path = os.path.join(folder, name)
+                with contextlib.suppress(OSError):
+                    if stat.S_ISREG(os.lstat(path).st_mode):
+                        Path(path).read_bytes()
+
     def write(self, name: str | bytes, data: bytes) -> Path:
         """Write a file that everybody may read, all of it resident and clean."""
         path = Path(os.fsdecode(os.path.join(os.fsencode(self.root), os.fsencode(name))))
@@ -384,11 +395,22 @@ class Host:
         return made
 
     def wait_offered(self, files: int, *domains: Domain) -> None:
-        """Wait until each of the domains (default: all) has been offered so many files."""
+        """Wait until each of the domains (default: all) has been offered so many files.
+
+        A file is reported when it is cached, and the host may have evicted it meanwhile: read them again, now and then.
+        """
+        use_at = time.monotonic() + USE_S
+
+        def offered(domain: Domain) -> bool:
+            nonlocal use_at
+            if time.monotonic() >= use_at:
+                for each in self.domains:
+                    each.use()
+                use_at = time.monotonic() + USE_S
+            return bool(domain.status().get("offered_files", 0) >= files)
+
         for domain in domains or self.domains:
-            wait(
-                f"{files} files offered to {domain.name}", lambda d: d.status().get("offered_files", 0) >= files, domain
-            )
+            wait(f"{files} files offered to {domain.name}", offered, domain)
 
     def wait_pages(self, figure: str, pages: int) -> None:
         """Wait for a figure of the pool."""
