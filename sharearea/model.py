@@ -7,47 +7,17 @@ three of them (page, slot, count). Nothing here does anything: transitions are i
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass, field
 
 from .common.wire import Message
+from .common.wire import Verdict as Verdict
+from .common.wire import WithdrawReason as WithdrawReason
 
 PeerId = int  # names a connection for as long as the broker runs; never used again
 PoolId = str
 DomainId = str  # unique within its pool
 FileId = int  # chosen by the agent, unique for one agent instance
 SlotNumber = int  # counts through all segments of an area
-
-
-class Verdict(enum.IntEnum):
-    """What the broker says of one reported file or one wish for grants. Numbers are the protocol's; never reuse one."""
-
-    KNOWN = 0
-    WANTED = 1
-    TOO_SMALL = 2
-    TOO_LARGE = 3
-    EXCLUDED = 4
-    NOT_INCLUDED = 5
-    QUOTA_FILES = 6
-    QUOTA_BYTES = 7
-    TABLE_FULL = 8
-    NOT_REPORTED = 9
-    NOTHING_SHARED = 10
-    STORE_FULL = 11
-    ROOT_MISMATCH = 12
-
-    @property
-    def code(self) -> str:
-        """Return the stable reason code of logs and documents, as `quota-files`."""
-        return self.name.lower().replace("_", "-")
-
-
-class WithdrawReason(enum.IntEnum):
-    """Why the broker wants a file's grants back. Numbers are the protocol's."""
-
-    UNKNOWN_GRANT = 1  # the broker has no such owner: it restarted with another area, or waited in vain
-    MOVING = 2  # the pages are in a newer segment; an offer follows
-    OPERATOR = 3
 
 
 @dataclass(frozen=True, slots=True)

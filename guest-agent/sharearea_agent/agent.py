@@ -20,10 +20,8 @@ from itertools import islice
 from typing import NamedTuple
 
 from .common import wire
+from .common.wire import Verdict
 from .consumer_wire import MAPPED_DIFFERENT, MAPPED_DONE
-
-# Of the broker's verdicts (docs/protocol.md), those that the agent acts on.
-_KNOWN, _WANTED, _NOT_REPORTED, _STORE_FULL = 0, 1, 9, 11
 
 ConsumerId = int
 Handle = int
@@ -852,10 +850,10 @@ class Agent:
         if file is None or file.version is None:
             return
         file.verdict = verdict
-        if verdict == _NOT_REPORTED:  # its pages came too late: once more
+        if verdict == Verdict.NOT_REPORTED:  # its pages came too late: once more
             file.reported = False
             self._unreported[file.key] = None
-        elif verdict == _WANTED:
+        elif verdict == Verdict.WANTED:
             version, path = file.version, next(iter(file.paths), b"")
             self._act(SendPages(file_id, path, file.key, version.identity, version.root, version.pages))
 
@@ -896,8 +894,8 @@ class Agent:
             return "not-designated"
         if file.poisoned:
             return "bytes-differed"
-        if file.verdict is not None and file.verdict not in (_KNOWN, _WANTED):
-            return f"ignored-{file.verdict}"
+        if file.verdict is not None and file.verdict not in (Verdict.KNOWN, Verdict.WANTED):
+            return _code(file.verdict)
         if not file.available:
             return "not-offered"
         return "lease-refused"
@@ -986,7 +984,7 @@ class Agent:
         file = self._current(file_id)
         if file is None:
             return
-        if reason == _STORE_FULL:
+        if reason == Verdict.STORE_FULL:
             file.retry_at = self._now + self.settings.store_retry
         elif file.stage is Stage.ASKING:
             file.available = 0
@@ -1195,11 +1193,7 @@ class Agent:
             if file.verdict is None:
                 word = "reported" if file.reported else "not reported yet"
             else:
-                word = (
-                    ("known", "wanted")[file.verdict]
-                    if file.verdict in (_KNOWN, _WANTED)
-                    else f"ignored-{file.verdict}"
-                )
+                word = _code(file.verdict)
             verdicts[word] = verdicts.get(word, 0) + 1
         return {
             "name": self.settings.name,
@@ -1226,3 +1220,11 @@ class Agent:
     def paths(self) -> list[bytes]:
         """Return the reported paths of all known files."""
         return list(self._by_path)
+
+
+def _code(verdict: int) -> str:
+    """Return the stable code of a verdict, also of one that this version does not know."""
+    try:
+        return Verdict(verdict).code
+    except ValueError:
+        return f"verdict-{verdict}"

@@ -12,6 +12,7 @@ Pure: bytes in, messages out. Sockets, rings and descriptors belong to the trans
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, cast
@@ -41,6 +42,40 @@ NO_ROOT = bytes(FINGERPRINT_SIZE)
 
 _HEADER: Final = 4
 _UTF8: Final = 4  # bytes that one character may take
+
+
+# -------------------------------------------------------------------------------------------------- codes
+
+
+class Verdict(enum.IntEnum):
+    """What the broker says of one reported file or one wish for grants. Numbers are the protocol's; never reuse one."""
+
+    KNOWN = 0
+    WANTED = 1
+    TOO_SMALL = 2
+    TOO_LARGE = 3
+    EXCLUDED = 4
+    NOT_INCLUDED = 5
+    QUOTA_FILES = 6
+    QUOTA_BYTES = 7
+    TABLE_FULL = 8
+    NOT_REPORTED = 9
+    NOTHING_SHARED = 10
+    STORE_FULL = 11
+    ROOT_MISMATCH = 12
+
+    @property
+    def code(self) -> str:
+        """Return the stable reason code of logs and documents, as `quota-files`."""
+        return self.name.lower().replace("_", "-")
+
+
+class WithdrawReason(enum.IntEnum):
+    """Why the broker wants a file's grants back. Numbers are the protocol's."""
+
+    UNKNOWN_GRANT = 1  # the broker has no such owner: it restarted with another area, or waited in vain
+    MOVING = 2  # the pages are in a newer segment; an offer follows
+    OPERATOR = 3
 
 
 # ---------------------------------------------------------------------------------------------- kinds of fields
@@ -296,7 +331,7 @@ class Refused(Message):
 
 @dataclass(frozen=True, slots=True)
 class Verdicts(Message):
-    """Per reported file: known, wanted, or why it is ignored (model.Verdict)."""
+    """Per reported file: known, wanted, or why it is ignored (wire.Verdict)."""
 
     TYPE: ClassVar[int] = 67
     ids: bytes = column(4, MAX_REPORT_FILES)
@@ -348,7 +383,7 @@ class Granted(Message):
 
 @dataclass(frozen=True, slots=True)
 class Denied(Message):
-    """No grants for these files now, and why (model.Verdict)."""
+    """No grants for these files now, and why (wire.Verdict)."""
 
     TYPE: ClassVar[int] = 72
     ids: bytes = column(4, MAX_ATTACH)
