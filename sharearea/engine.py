@@ -59,6 +59,7 @@ from .policy import Policy, PoolRules, Refusal
 _PAGE = wire.PAGE_SIZE
 _FP = wire.FINGERPRINT_SIZE
 _SWEEP = 256  # contents looked at in one step of a background sweep
+_DRAIN = 64  # files of a domain that has left, forgotten in one step
 
 
 @dataclass(frozen=True, slots=True)
@@ -493,7 +494,7 @@ class Engine:
 
     def _drain(self, pool: _Pool, domain: DomainId) -> None:
         """Forget some of the files of a domain that has left; ticks do the rest."""
-        self._save(pool.index.drain(domain, _SWEEP))
+        self._save(pool.index.drain(domain, _DRAIN))
 
     # ---------------------------------------------------------------------------------------------------- reports
 
@@ -1085,6 +1086,7 @@ class Engine:
             slots, ids, mapped = index.live(segment)
             if not slots and not mapped:
                 self._close_segment(pool, segment)
+                return  # one at a time: its memory goes back to the host now
             elif not slots:
                 if segment not in pool.emptying:
                     pool.emptying.add(segment)

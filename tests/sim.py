@@ -32,7 +32,6 @@ import functools
 import hashlib
 import os
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -2295,23 +2294,27 @@ def _name(item: Any) -> str:
 
 
 class _Shared:
-    """One store per process; every seed begins with it reset."""
+    """One store per process, for LMDB does not outlive a fork; every seed begins with it reset."""
 
     store: Store | None = None
+    pid = 0
 
 
-def shared_store() -> Store:
-    if _Shared.store is None:
-        memory = Path("/dev/shm")
-        folder = tempfile.mkdtemp(prefix="sharearea-sim-", dir=memory if os.access(memory, os.W_OK) else None)
-        store, _, _ = Store.open(Path(folder) / "store", boot_id="simulation")
-        _Shared.store = store
+def store_folder() -> tempfile.TemporaryDirectory[str]:
+    memory = Path("/dev/shm")
+    return tempfile.TemporaryDirectory(prefix="sharearea-sim-", dir=memory if os.access(memory, os.W_OK) else None)
 
-        def remove() -> None:
-            store.close()
-            shutil.rmtree(folder, ignore_errors=True)
 
-        atexit.register(remove)
+def shared_store(folder: str | None = None) -> Store:
+    """Return this process's store, below `folder`, or below one of its own that goes when the process ends."""
+    if _Shared.store is None or _Shared.pid != os.getpid():
+        if folder is None:
+            own = store_folder()
+            folder = own.name
+            atexit.register(own.cleanup)
+        _Shared.store, _, _ = Store.open(Path(folder) / f"store-{os.getpid()}", boot_id="simulation")
+        _Shared.pid = os.getpid()
+        atexit.register(_Shared.store.close)
     return _Shared.store
 
 
@@ -2332,7 +2335,10 @@ def replay(seed: int, steps: int) -> str:
     return f"python -m tests.sim --seed {seed} --steps {steps} --verbose"
 
 
-def _run_part(seeds: list[int], steps: int, mutant: str | None, stop: bool) -> list[tuple[int, str]]:
+def _run_part(
+    seeds: list[int], steps: int, mutant: str | None, stop: bool, folder: str | None = None
+) -> list[tuple[int, str]]:
+    shared_store(folder)
     failures = []
     with mutated(mutant):
         for seed in seeds:
@@ -2356,8 +2362,8 @@ def run_seeds(
             if stop and failures:
                 break
         return failures
-    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
-        runs = [pool.submit(_run_part, part, steps, mutant, stop) for part in parts]
+    with store_folder() as folder, concurrent.futures.ProcessPoolExecutor(workers) as pool:
+        runs = [pool.submit(_run_part, part, steps, mutant, stop, folder) for part in parts]
         for run in concurrent.futures.as_completed(runs):
             failures += [] if run.cancelled() else run.result()
             if stop and failures:

@@ -12,6 +12,7 @@ import errno
 import itertools
 import operator
 import os
+import threading
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Final, Self
@@ -44,6 +45,7 @@ class LocalArea:
         self._slots_per_segment = slots_per_segment
         self._max_bytes = max_bytes
         self._segments: dict[int, Segment] = {}
+        self._closing: list[threading.Thread] = []
         self._closed = False
 
     @property
@@ -190,7 +192,10 @@ class LocalArea:
         self._check_open()
         gone = self._segments.pop(segment, None)
         if gone is not None:
-            gone.close()
+            # The kernel takes tens of milliseconds to free 64 MiB of pages: not on the caller's time.
+            self._closing = [thread for thread in self._closing if thread.is_alive()]
+            self._closing.append(threading.Thread(target=gone.close, name="sharearea-close"))
+            self._closing[-1].start()
 
     def segments(self) -> tuple[int, ...]:
         """Return the numbers of the segments that are there, ascending."""
@@ -207,6 +212,9 @@ class LocalArea:
         for segment in self._segments.values():
             segment.close()
         self._segments.clear()
+        for thread in self._closing:
+            thread.join()
+        self._closing.clear()
         self._closed = True
 
     def __enter__(self) -> Self:
