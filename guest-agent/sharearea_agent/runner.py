@@ -468,8 +468,14 @@ class Runner:
         yield lambda: self._scan_finished(walk.seen, elapsed_ns, counters, [error.message for error in errors])
 
     def _pass(self, looking: Pass) -> Steps:
+        epoch = self._cache_epoch
         for batch in looking:
-            yield partial(self._events.append, agent.Observed(batch)) if batch else None
+            yield partial(self._observed, epoch, batch) if batch else None
+
+    def _observed(self, epoch: bytes, batch: tuple[agent.Observation, ...]) -> None:
+        """Hand on what was seen, unless its fingerprints are under a key that is not the pool's any more."""
+        if self._scanner_of is not None and self._scanner_of[0] == epoch:
+            self._events.append(agent.Observed(batch))
 
     def _scan_finished(self, seen: set[bytes], elapsed_ns: int, counters: Counters, errors: list[str]) -> None:
         self._full_scans += 1
@@ -547,14 +553,21 @@ class Runner:
             self._events.append(agent.Vanished(tuple(sorted(gone))))
 
     def _fetch(self, action: agent.SendData) -> Job:
+        link = self._link
+
         def job() -> Then:
             asked = min(sum(array("I", action.runs)[1::2]), wire.MAX_FETCH_PAGES)
             have, pages = bytes(asked), b""
             if self._scanner is not None:
                 have, pages = self._scanner.read_for_fetch(action.path, action.key, action.identity, action.runs)
-            return lambda: self._send(wire.Data(action.request, have, pages))
+            return partial(self._fetched, link, wire.Data(action.request, have, pages))
 
         return job
+
+    def _fetched(self, link: StreamLink | None, data: wire.Data) -> None:
+        """Answer a fetch on the connection that it came on: another broker's requests have the same numbers."""
+        if self._link is link:
+            self._send(data)
 
     def _pack_pages(self, wanted: list[SendPages], start: int) -> Job:
         """Pack the next message of page fingerprints: the rest of the first file and as many further ones as fit."""

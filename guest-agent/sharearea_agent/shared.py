@@ -298,9 +298,7 @@ class _Session:
 
     def _lost(self) -> None:
         with self._lock:
-            if self._link is not None:
-                self._link.close()
-                self._link = None
+            link, self._link = self._link, None
             files = list(self._files.values())
         for shared in files:
             with shared._lock:
@@ -308,6 +306,8 @@ class _Session:
                     shared._put_back()
             shared._reason = "no-agent"
             shared._answered.set()
+        if link is not None:
+            link.close()  # not before: an agent that is there takes it for our having let go
         self._drop_segments(list(self._segments))
 
     def _on_message(self, link: StreamLink, message: Message, fd: int | None) -> None:
