@@ -148,7 +148,7 @@ class Broker:
             backend=config.backend,
         )
         for warning in config.warnings:
-            self.log.event("broker.limit", detail=warning)
+            self.log.event("config.warning", detail=warning)
 
     def _open_pool(self, rules: PoolRules, key: PoolKey, record: PoolRecord | None, inherited: Inherited) -> PoolSetup:
         slots = self.config.slots_per_segment

@@ -25,6 +25,7 @@ EVENTS: Final[dict[str, tuple[str, str]]] = {
     "broker.stopped": ("info", "the broker stopped"),
     "broker.lost": ("warning", "the connection to the broker ended; consumers keep what they have"),
     "broker.unreachable": ("warning", "the broker cannot be reached; it is tried again"),
+    "config.warning": ("warning", "the configuration says something that cannot have the effect one would expect"),
     "broker.limit": ("error", "the broker is at a limit of this host; it goes on with what it has"),
     "agent.started": ("info", "the agent runs"),
     "agent.stopped": ("info", "the agent stopped"),
