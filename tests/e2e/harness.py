@@ -81,6 +81,15 @@ class Process:
         """Send a signal."""
         self.popen.send_signal(number)
 
+    def stop(self) -> None:
+        """Send SIGSTOP and wait until all of its threads stand still: the kernel stops them one after the other."""
+        self.popen.send_signal(signal.SIGSTOP)
+        threads = Path(f"/proc/{self.pid}/task")
+        wait(
+            f"all threads of {self.name} stopped",
+            lambda: all((t / "stat").read_text().rpartition(")")[2].split()[0] == "T" for t in threads.iterdir()),
+        )
+
     def kill(self) -> None:
         """End it at once, with -9, and wait."""
         self.popen.kill()

@@ -73,9 +73,7 @@ def test_agent_comes_back_within_the_grace_time(host: Host) -> None:
 def test_no_writer_gets_in_while_a_program_has_not_heard_of_its_agents_death(host: Host) -> None:
     domain, [program], data = _attached(host)
     path = domain.root / "f.bin"
-    program.send(signal.SIGSTOP)
-    threads = Path(f"/proc/{program.pid}/task")
-    wait("all threads stopped", lambda: all(" T " in (t / "stat").read_text() for t in threads.iterdir()))
+    program.stop()
     domain.running.kill()
     # The lease is the program's own: it is still there, and with it the shared pages under the mapping.
     with pytest.raises(BlockingIOError):
@@ -102,7 +100,7 @@ def test_agent_stopped_by_sigterm(host: Host) -> None:
 
 def test_agent_does_not_end_before_its_programs_let_go(host: Host) -> None:
     domain, [program], _ = _attached(host)
-    program.send(signal.SIGSTOP)
+    program.stop()
     domain.running.send(signal.SIGTERM)
     wait("the agent ending", lambda: domain.status().get("detached") is True)
     assert domain.status()["leases"] == 1
@@ -239,7 +237,7 @@ def test_hung_program_holds_a_writer_for_a_bounded_time(host: Host, lease_break_
     timeout = 2
     assert timeout < lease_break_time
     domain, [hung, well], _ = _attached(host, programs=2, lease_timeout=f"{timeout} s")
-    hung.send(signal.SIGSTOP)
+    hung.stop()
     now = noise(MIB, 5)
     written = threading.Event()
 
@@ -270,7 +268,7 @@ def test_hung_program_holds_a_writer_for_a_bounded_time(host: Host, lease_break_
 
 def test_stopped_program_does_not_hang_others_in_the_domain(host: Host) -> None:
     domain, [stopped], data = _attached(host)
-    stopped.send(signal.SIGSTOP)
+    stopped.stop()
     other = noise(MIB, 7)
     for member in host.domains:
         member.write("g.bin", other)
