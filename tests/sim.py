@@ -884,7 +884,7 @@ class Guest:
     def tick(self) -> None:
         if not self.awake():
             return
-        self.events.append(ag.Tick(4096))
+        self.events.append(ag.Tick(ag.Memory(4096)))
         for key in [key for key, (_, uses) in self.open_files.items() if not uses]:
             inode, _ = self.open_files.pop(key)
             self._drop_lease(inode)  # the descriptor's end is the lease's end
@@ -1354,7 +1354,7 @@ class Liar:
             case 6:
                 self._send(agent_wire.Hello(1, "1", self.name, bytes(16), b""))
             case _:
-                self._send(agent_wire.AgentStats(*[rng.randrange(2**53) for _ in range(7)]))
+                self._send(agent_wire.AgentStats(*[rng.randrange(10_001) for _ in range(10)]))
 
     def _roots(self) -> None:
         world, rng = self.world, self.world.rng

@@ -65,7 +65,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "Data-nothing": wire.Data(0xFFFFFFFF, b"\0\0\0", b""),
         "Attach": wire.Attach(u32s(9)),
         "Release": wire.Release(u32s(9, 10)),
-        "AgentStats": wire.AgentStats(1, 200, 30_000, 4, 5, 1 << 53, 70_000_000),
+        "AgentStats": wire.AgentStats(1, 200, 30_000, 4, 5, 1 << 53, 70_000_000, 1 << 28, 99 << 20, 10_000),
         "Pong": wire.Pong(17),
     },
     "broker-to-agent": {
@@ -81,6 +81,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "Denied": wire.Denied(u32s(10), b"\x0a"),
         "Withdraw": wire.Withdraw(u32s(9), 2),
         "Retired": wire.Retired(u32s(0, 1)),
+        "Grantor": wire.Grantor(0x7FEF),
         "Ping": wire.Ping(17),
     },
     "consumer-to-agent": {

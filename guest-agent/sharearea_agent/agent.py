@@ -215,10 +215,23 @@ class DropNow:
 
 
 @dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed; `private_bytes` is the agent's own private memory."""
+class Memory:
+    """What the guest's kernel says of memory, in bytes: the agent's own private memory, all, and what is available.
+
+    `pressure`: PSI memory, some avg10, in hundredths of a percent; 0 where the kernel does not say.
+    """
 
     private_bytes: int = 0
+    total_bytes: int = 0
+    available_bytes: int = 0
+    pressure: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed; `memory` is what was seen of it, if anybody looked."""
+
+    memory: Memory | None = None
 
 
 Event = (
@@ -509,7 +522,7 @@ class Agent:
         self._gone: list[FileId] = []
         self._release: list[FileId] = []
         self._attach: list[FileId] = []
-        self._private_bytes = 0
+        self._memory = Memory()
         self._shared_keys: set[FileKey] = set()  # SHARED and LEAVING
         self._crowded: dict[FileKey, None] = {}  # files that wait until fewer than max_attached_files are shared
         self._again: dict[FileKey, None] = {}  # plain files to advance at the next tick
@@ -574,7 +587,7 @@ class Agent:
             case LinkDown():
                 self._on_link_down(event.why)
             case Tick():
-                self._private_bytes = event.private_bytes or self._private_bytes
+                self._memory = event.memory or self._memory
                 self._on_tick()
 
     def _finish(self) -> list[Action]:
@@ -1180,7 +1193,10 @@ class Agent:
             len(shared),
             sum(use.pages for file in shared for use in file.uses.values()),
             self._dropped_total,
-            self._private_bytes,
+            self._memory.private_bytes,
+            self._memory.total_bytes,
+            self._memory.available_bytes,
+            self._memory.pressure,
         )
 
     def status(self) -> dict[str, object]:

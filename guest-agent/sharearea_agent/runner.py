@@ -182,10 +182,10 @@ class Runner:
             self._flush()
 
     def _tick(self, now: float) -> None:
-        memory = 0
+        memory = None
         if now >= self._memory_at:  # the kernel walks all our mappings for it
             self._memory_at = now + _MEMORY_S
-            memory = _private_bytes()
+            memory = _memory()
         self._events.append(agent.Tick(memory))
         self._hub.release_unused(self._leases)
         self._look_at_changes(now)
@@ -670,6 +670,21 @@ class Runner:
 def _runs(pages: bytes | None, start: int, count: int) -> list[Run]:
     """Return (first page, count) runs of the reported pages at positions [start, start + count)."""
     return [(start, count)] if pages is None else runs_of(pages[start * 4 : (start + count) * 4])
+
+
+def _memory() -> agent.Memory:
+    """Return what the kernel says of our own and the guest's memory."""
+    info: dict[str, int] = {}
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if name in ("MemTotal", "MemAvailable"):
+                info[name] = int(rest.split()[0]) * 1024
+    pressure = 0
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        some = Path("/proc/pressure/memory").read_text().split("avg10=", 1)[1]
+        pressure = min(10_000, round(float(some.split()[0]) * 100))
+    return agent.Memory(_private_bytes(), info.get("MemTotal", 0), info.get("MemAvailable", 0), pressure)
 
 
 def _private_bytes() -> int:

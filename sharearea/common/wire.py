@@ -63,6 +63,8 @@ class Verdict(enum.IntEnum):
     NOTHING_SHARED = 10
     STORE_FULL = 11
     ROOT_MISMATCH = 12
+    GRANT_BUDGET = 13  # the table of grants or the domain's part of it has no room (Xen)
+    DETACHED = 14  # the operator has detached the domain
 
     @property
     def code(self) -> str:
@@ -287,6 +289,9 @@ class AgentStats(Message):
     attached_pages: int = uint(2**53)
     dropped_pages_total: int = uint(2**53)
     private_bytes: int = uint(2**53)
+    total_bytes: int = uint(2**53)  # MemTotal of the guest
+    available_bytes: int = uint(2**53)  # MemAvailable of the guest
+    pressure: int = uint(10_000)  # PSI memory, some avg10, in hundredths of a percent; 0 where the kernel has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,7 +379,12 @@ class Segment(Message):
 
 @dataclass(frozen=True, slots=True)
 class Granted(Message):
-    """Handles for one file: runs (page, slot, count). The owner is recorded already."""
+    """Handles for one file: runs (page, handle, count); the handles of a run follow one another. The owner is recorded
+    already.
+
+    A handle is a slot on `local` and a grant reference on `xen`. On `xen` a page is never in two runs, and neither
+    slots nor segments are spoken of.
+    """
 
     TYPE: ClassVar[int] = 71
     file: int = uint(0xFFFFFFFF)
@@ -408,6 +418,14 @@ class Retired(Message):
 
     TYPE: ClassVar[int] = 74
     segments: bytes = column(4, MAX_IDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Grantor(Message):
+    """The domain whose grant references the next Granted messages carry (`xen` backend)."""
+
+    TYPE: ClassVar[int] = 76
+    domid: int = uint(0x7FEF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -575,5 +593,5 @@ class FrameReader:
 AGENT_TO_BROKER = Codec("agent -> broker", (Hello, Roots, Pages, Gone, Data, Attach, Release, AgentStats, Pong))
 BROKER_TO_AGENT = Codec(
     "broker -> agent",
-    (Welcome, Refused, Verdicts, Fetch, Offer, Segment, Granted, Denied, Withdraw, Retired, Ping),
+    (Welcome, Refused, Verdicts, Fetch, Offer, Segment, Granted, Denied, Withdraw, Retired, Grantor, Ping),
 )
