@@ -22,10 +22,17 @@ SlotNumber = int  # counts through all segments of an area
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who a peer is, as the transport knows it: on `local` the uid of the peer's credentials."""
+    """Who a peer is, as the transport knows it: on `local` the uid of the peer's credentials, on `xen` the rest.
+
+    `name`, `uuid` and `label` are what dom0 wrote into xenstore; the domain itself can write none of them.
+    """
 
     backend: str
-    uid: int
+    uid: int = 0
+    domid: int = 0
+    name: str = ""
+    uuid: str = ""
+    label: str = ""
 
 
 # ------------------------------------------------------------------------------------------- changes to the store
