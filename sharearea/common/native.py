@@ -29,6 +29,9 @@ lib: Any = _native.lib
 BytesLike: TypeAlias = bytes | bytearray | memoryview
 """A contiguous buffer of bytes."""
 
+EXTENSION_FILE: Final[str] = _native.__file__
+"""The extension itself; what the build makes besides lies in the same folder."""
+
 PAGE_SIZE: Final[int] = lib.SA_PAGE_SIZE
 FP_SIZE: Final[int] = lib.SA_FP_SIZE
 SEGMENT_HEADER: Final[int] = lib.SA_SEGMENT_HEADER
