@@ -193,7 +193,7 @@ class Toolstack:
                 "vcpus": 1,
                 # With maxmem above it the domain would be populated on demand: raise_memory() comes after.
                 "memory": _STUB_MIB,
-                "shadow_memory": _pool_mib(max_bytes),
+                "shadow_memory": paging_bytes(max_bytes) // _MIB,
                 "max_grant_frames": grant_frames,
                 "max_maptrack_frames": 0,
                 "max_grant_version": 1,
@@ -248,8 +248,8 @@ class Toolstack:
         if not host.can_run_pvh:
             return HostError(
                 f"this host cannot create a PVH domain: Xen has {' '.join(sorted(host.virt_caps))}",
-                "switch on VT-x with EPT, or SVM with NPT, in the firmware (nested virtualisation where Xen is itself a "
-                "guest), and do not start Xen with hap=0",
+                "switch on VT-x with EPT, or SVM with NPT, in the firmware (nested virtualisation where Xen is a guest "
+                "itself), and do not start Xen with hap=0",
             )
         return HostError(
             f"the area domain cannot be created: {error.message}",
@@ -316,13 +316,13 @@ def _option(commandline: str, name: str) -> int | None:
     return int(found[-1], 0) if found else None
 
 
-def _pool_mib(max_bytes: int) -> int:
-    """Memory for the tables in which Xen looks a domain's pages up: 8 bytes a page, and a floor.
+def paging_bytes(max_bytes: int) -> int:
+    """Return what Xen sets aside, at once, for the tables in which it looks an area domain's pages up.
 
-    That is what 4 KiB extents need, the worst case; 2 MiB extents need a 512th of it. libxl's own rule would take four
-    times as much (libxl_get_required_shadow_memory), and Xen allocates it at once.
+    8 bytes for each of `max_bytes` of pages, and a floor. That is what 4 KiB extents need, the worst case; 2 MiB
+    extents need a 512th of it. libxl's own rule would take four times as much (libxl_get_required_shadow_memory).
     """
-    return 2 + -(-max_bytes * 8 // PAGE_SIZE // _MIB)
+    return (2 + -(-max_bytes * 8 // PAGE_SIZE // _MIB)) * _MIB
 
 
 def _config(values: dict[str, str | int]) -> bytes:
