@@ -1021,8 +1021,11 @@ class Engine:
         holdings = pool.index.domains[peer.domain]
         denied: list[tuple[FileId, Verdict]] = []
         owners: dict[FileId, OwnerSet] = {}
-        for file in files:  # before anything is taken for one of them
-            if (peer.domain, file) in pool.index.owners or files.count(file) > 1:
+        # Before anything is taken for one of them.
+        if len(set(files)) < len(files):
+            raise ProtocolError("Attach: a file is there twice")
+        for file in files:
+            if (peer.domain, file) in pool.index.owners:
                 raise ProtocolError(f"file {file} is granted already; it must be released first")
         for file in files:
             if file not in holdings.files:
