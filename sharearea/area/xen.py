@@ -441,7 +441,7 @@ def remove(toolstack: Toolstack, which: str, force: bool) -> str:
     if left is None:
         return f"{area.name} is gone, and all of its memory is free"
     return (
-        f"{area.name} is gone. Guests keep the pages that they map, {left.memory >> 20} MiB at the most, until they let "
-        f"go; until then Xen shows domain {area.domid} without a name, dying. Nobody can map it any more. A running "
-        "broker opens a new area"
+        f"{area.name} is gone. Guests keep the pages that they map, {left.memory >> 20} MiB at the most, until they "
+        f"let go; until then Xen shows domain {area.domid} without a name, dying. Nobody can map it any more. A "
+        "running broker opens a new area"
     )
