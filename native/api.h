@@ -207,6 +207,14 @@ int sa_table_runs(const sa_table *table, const uint32_t *ids, const uint32_t *pa
 int sa_table_map(sa_table *table, const uint32_t *runs, size_t nruns);
 int sa_table_unmap(sa_table *table, const uint32_t *runs, size_t nruns, uint32_t *ret_freed, size_t *ret_nfreed);
 
+/* What a page costs when nobody else maps its slot, in the unit of sa_table_share. */
+enum { SA_SHARE_PAGE = 16777216 };
+
+/* The part that mappings of the slots in the runs pay: SA_SHARE_PAGE / mappings for each slot, rounded down, added up
+ * (a page in 4096 loses less than a byte to rounding). Over all runs that are mapped, a slot is paid once. -ERANGE: a
+ * slot was never used; -EINVAL: a slot has no mapping. */
+int sa_table_share(const sa_table *table, const uint32_t *runs, size_t nruns, uint64_t *ret_share);
+
 /* Slots [first, first + n) that pages use: ret_slots, ret_ids (n entries each). *ret_mapped: mappings of slots in the
  * range, used by a page or not. */
 int sa_table_live(const sa_table *table, uint32_t first, size_t n, uint32_t *ret_slots, uint32_t *ret_ids,

@@ -46,6 +46,8 @@ PAGE_ABSENT: Final[int] = lib.SA_PAGE_ABSENT
 PAGE_DATA: Final[int] = lib.SA_PAGE_DATA
 PAGE_ZERO: Final[int] = lib.SA_PAGE_ZERO
 
+SHARE_PAGE: Final[int] = lib.SA_SHARE_PAGE
+
 RESIDENCY_AUTO: Final[int] = lib.SA_RESIDENCY_AUTO
 RESIDENCY_CACHESTAT: Final[int] = lib.SA_RESIDENCY_CACHESTAT
 RESIDENCY_MINCORE: Final[int] = lib.SA_RESIDENCY_MINCORE
@@ -650,6 +652,12 @@ class NativePageTable(_Owned):
             freed = ffi.new("uint32_t[]", room)
             self._do("sa_table_unmap", column, nruns, freed, nfreed)
         return _taken(freed, 4 * int(nfreed[0]))
+
+    def share(self, runs: BytesLike) -> int:
+        """Return what one mapping of every slot in the runs pays of it, in SHARE_PAGE-ths of a page, added up."""
+        share = ffi.new("uint64_t *")
+        self._do("sa_table_share", *_words(runs, 3, "runs"), share)
+        return int(share[0])
 
     def live(self, first: int, n: int) -> tuple[bytes, bytes, int]:
         """Return the used ones of slots [first, first + n), their pages' ids, and the mappings of the whole range."""
