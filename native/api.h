@@ -207,6 +207,14 @@ int sa_table_runs(const sa_table *table, const uint32_t *ids, const uint32_t *pa
 int sa_table_map(sa_table *table, const uint32_t *runs, size_t nruns);
 int sa_table_unmap(sa_table *table, const uint32_t *runs, size_t nruns, uint32_t *ret_freed, size_t *ret_nfreed);
 
+/* What a page costs when nobody else maps its slot, in the unit of sa_table_share. */
+enum { SA_SHARE_PAGE = 16777216 };
+
+/* The part that mappings of the slots in the runs pay: SA_SHARE_PAGE / mappings for each slot, rounded down, added up
+ * (a page in 4096 loses less than a byte to rounding). Over all runs that are mapped, a slot is paid once. -ERANGE: a
+ * slot was never used; -EINVAL: a slot has no mapping. */
+int sa_table_share(const sa_table *table, const uint32_t *runs, size_t nruns, uint64_t *ret_share);
+
 /* Slots [first, first + n) that pages use: ret_slots, ret_ids (n entries each). *ret_mapped: mappings of slots in the
  * range, used by a page or not. */
 int sa_table_live(const sa_table *table, uint32_t first, size_t n, uint32_t *ret_slots, uint32_t *ret_ids,
@@ -281,3 +289,67 @@ int sa_vchan_state(sa_vchan *vchan); /* SA_RING_* */
 /* sa_ring_read, sa_ring_write, and the event that the peer asked for. */
 int sa_vchan_read(sa_vchan *vchan, uint8_t *ret_bytes, size_t max, size_t *ret_n);
 int sa_vchan_write(sa_vchan *vchan, const uint8_t *bytes, size_t max, size_t *ret_n);
+
+/* ------------------------------------------------------------------------------------------ grant_xen.c */
+
+/* The dom0 half of grants, and the area domain's memory. A table of grant entries is given as chunks of
+ * SA_GRANT_CHUNK entries each (the last one may be shorter), nentries in all; entry 0 to SA_GRANT_FIRST - 1 are Xen's
+ * and the toolstack's own and are never touched. Entries have version 1: {u16 flags, u16 domid, u32 frame}. These three
+ * are pure: they run over any memory, one caller at a time, beside Xen, which sets and clears "in use" bits at any
+ * moment. */
+enum { SA_GRANT_FIRST = 8, SA_GRANT_CHUNK = 16384 };
+
+/* Let domain domid map frame frames[i] read only by reference refs[i]. -EINVAL: a reference below SA_GRANT_FIRST, twice
+ * in refs, or a domid that Xen reserves; -ERANGE: not in the table; -EBUSY: an entry that is not free. Nothing is
+ * written then. */
+int sa_grants_write(void *const *chunks, size_t nentries, uint32_t domid, const uint32_t *frames, const uint32_t *refs,
+                    size_t n);
+/* Take back: ret_busy gets n bytes, 0 where the entry is free now (or was), 1 where Xen has it in use, or a guest takes
+ * and drops it so fast that it cannot be told: it stays as it is. -EINVAL, -ERANGE as above; nothing is revoked then. */
+int sa_grants_revoke(void *const *chunks, size_t nentries, const uint32_t *refs, size_t n, uint8_t *ret_busy);
+/* All entries from SA_GRANT_FIRST on that are not free, ascending: the first max of them, *ret_n how many there are. */
+int sa_grants_list(void *const *chunks, size_t nentries, size_t max, uint32_t *ret_refs, uint32_t *ret_domids,
+                   uint32_t *ret_frames, size_t *ret_n);
+
+/* Memory and grant table of an area domain, which never runs, from dom0. Slot s of it is guest frame base + s. As long
+ * as this is open the domid names this very domain: the table is mapped, so Xen keeps at least the husk of it. */
+typedef struct sa_area sa_area;
+
+/* base: a multiple of 512. Loads libxenforeignmemory.so.1 and libxencall.so.1 (-ELIBACC: they are not there). -ESRCH: no
+ * such domain. */
+int sa_area_open(uint32_t domid, uint64_t base, sa_area **ret);
+void sa_area_close(sa_area *area);                                         /* NULL is fine */
+int sa_area_alive(sa_area *area, int *ret_alive);                          /* 0: destroyed, or being so */
+int sa_area_memory(sa_area *area, uint64_t *ret_pages);                    /* all that the domain has, its stub's too */
+int sa_area_table(sa_area *area, uint32_t *ret_frames, uint32_t *ret_max); /* grant frames now, and at the most */
+
+/* Slots from *ret_end on never had a frame (2 MiB steps). -EOVERFLOW: the area is beyond what Xen's answer can say. */
+int sa_area_end(sa_area *area, uint32_t *ret_end);
+/* One byte for each 2 MiB of slots, from slot 0 on: 1 where its last slot has a frame. That one comes first and goes
+ * last: where it is 0 there is none in these 2 MiB, whenever a broker died. */
+int sa_area_blocks(sa_area *area, uint32_t nblocks, uint8_t *ret_there);
+/* One byte per slot of [first, first + n): 1 where there is a frame. */
+int sa_area_present(sa_area *area, uint32_t first, uint32_t n, uint8_t *ret_present);
+/* Get frames for the slots, ascending in machine memory, 2 MiB at a time where Xen has that, else 4 KiB. Frames that an
+ * earlier broker left there go first. -EDQUOT: the domain may not have so many pages; -ENOMEM: Xen has no more. Nothing
+ * was populated then. */
+int sa_area_populate(sa_area *area, uint32_t first, uint32_t n);
+/* Give frames back; a slot without one is fine. One that a guest maps is freed when it lets go. */
+int sa_area_release(sa_area *area, uint32_t first, uint32_t n);
+
+/* As sa_segment_fill, _verify, _read. fill maps the target frames writable for the time of the call. A slot without a
+ * frame is -ENXIO, but verify calls it unequal. read takes any slots. */
+int sa_area_fill(sa_area *area, const uint8_t *key, uint32_t first, uint32_t npages, const uint8_t *pages,
+                 const uint8_t *want, uint8_t *ret_ok);
+int sa_area_verify(sa_area *area, const uint8_t *key, uint32_t first, uint32_t npages, const uint8_t *want,
+                   uint8_t *ret_ok);
+int sa_area_read(sa_area *area, const uint32_t *slots, size_t n, uint8_t *ret_pages);
+
+/* sa_grants_* over the domain's own table, with slots for frames. The table grows as needed; -ENOSPC: it may not.
+ * A frame that is no slot is listed as slot 0xffffffff. A reference beyond the table's present end is free. */
+int sa_area_grant(sa_area *area, uint32_t domid, const uint32_t *slots, const uint32_t *refs, size_t n);
+int sa_area_revoke(sa_area *area, const uint32_t *refs, size_t n, uint8_t *ret_busy);
+int sa_area_entries(sa_area *area, size_t max, uint32_t *ret_refs, uint32_t *ret_domids, uint32_t *ret_slots,
+                    size_t *ret_n);
+/* How many entries from SA_GRANT_FIRST on are not free, and how many of them guests have mapped at this moment. */
+int sa_area_usage(sa_area *area, size_t *ret_granted, size_t *ret_in_use);

@@ -30,6 +30,9 @@ lib: Any = _native.lib
 BytesLike: TypeAlias = bytes | bytearray | memoryview
 """A contiguous buffer of bytes."""
 
+EXTENSION_FILE: Final[str] = _native.__file__
+"""The extension itself; what the build makes besides lies in the same folder."""
+
 PAGE_SIZE: Final[int] = lib.SA_PAGE_SIZE
 FP_SIZE: Final[int] = lib.SA_FP_SIZE
 SEGMENT_HEADER: Final[int] = lib.SA_SEGMENT_HEADER
@@ -43,6 +46,8 @@ KERNEL_NOT_BUILT: Final[int] = lib.SA_KERNEL_NOT_BUILT
 PAGE_ABSENT: Final[int] = lib.SA_PAGE_ABSENT
 PAGE_DATA: Final[int] = lib.SA_PAGE_DATA
 PAGE_ZERO: Final[int] = lib.SA_PAGE_ZERO
+
+SHARE_PAGE: Final[int] = lib.SA_SHARE_PAGE
 
 RESIDENCY_AUTO: Final[int] = lib.SA_RESIDENCY_AUTO
 RESIDENCY_CACHESTAT: Final[int] = lib.SA_RESIDENCY_CACHESTAT
@@ -68,6 +73,8 @@ _NO_XEN = _Meaning(
     HostError, "a device under /dev/xen is missing", "on Xen: modprobe xen-evtchn, xen-gntdev, in a guest xen-gntalloc"
 )
 _OUTSIDE_SEGMENT = _Meaning(NativeError, "slots outside the segment")
+_NO_FRAME = _Meaning(HostError, "a slot has no memory: the area domain is gone, or its segment closed")
+_IN_DOM0 = "run this as root in dom0 of a Xen host, with xen-utils installed and xen-privcmd loaded"
 
 _MEANINGS: Final[dict[tuple[str, int], _Meaning]] = {
     ("sa_hash_select", errno.ENOENT): _Meaning(HostError, "there is no hash kernel of this name"),
@@ -106,6 +113,24 @@ _MEANINGS: Final[dict[tuple[str, int], _Meaning]] = {
     ),
     ("sa_vchan_connect", errno.EBUSY): _Meaning(NativeError, "the rings do not wait for a client"),
     ("sa_vchan_connect", errno.EINVAL): _Meaning(NativeError, "no such grant or event channel for this domain"),
+    ("sa_area_open", errno.ELIBACC): _Meaning(HostError, "Xen's libraries cannot be loaded", _IN_DOM0),
+    ("sa_area_open", errno.ENOENT): _Meaning(HostError, "there is no /dev/xen/privcmd", _IN_DOM0),
+    ("sa_area_open", errno.EACCES): _Meaning(HostError, "no right to /dev/xen/privcmd", _IN_DOM0),
+    ("sa_area_open", errno.EPERM): _Meaning(HostError, "Xen refuses this domain its rights", _IN_DOM0),
+    ("sa_area_open", errno.ESRCH): _Meaning(HostError, "there is no such domain"),
+    ("sa_area_populate", errno.ENOMEM): _Meaning(
+        AreaFull, "the host has no memory for more pages", "give guests or dom0 less (xl mem-set), or the host more"
+    ),
+    ("sa_area_fill", errno.ENXIO): _NO_FRAME,
+    ("sa_area_read", errno.ENXIO): _NO_FRAME,
+    ("sa_area_grant", errno.EBUSY): _Meaning(HostError, "a grant entry is not free"),
+    ("sa_area_grant", errno.ENOSPC): _Meaning(HostError, "a grant reference lies beyond what the table may grow to"),
+    ("sa_area_grant", errno.EINVAL): _Meaning(
+        ValueError, "a grant reference that is reserved or given twice, or a domid"
+    ),
+    ("sa_area_revoke", errno.EINVAL): _Meaning(ValueError, "a grant reference that is reserved"),
+    ("sa_area_revoke", errno.ERANGE): _Meaning(ValueError, "a grant reference beyond the table"),
+    ("sa_area_*", errno.ERANGE): _Meaning(ValueError, "a slot that no grant entry can name"),
     ("sa_table_intern", errno.ENOSPC): _Meaning(TableFull, "the fingerprint table has no room for this report"),
     ("sa_table_*", errno.EINVAL): _Meaning(ValueError, "an id, a number or an array that the table does not take"),
     ("sa_table_*", errno.ERANGE): _Meaning(ValueError, "a slot was never used"),
@@ -114,7 +139,7 @@ _MEANINGS: Final[dict[tuple[str, int], _Meaning]] = {
 
 
 def _error(call: str, number: int, about: str) -> ShareareaError | ValueError:
-    family = call[: call.index("_", 3) + 1] + "*"
+    family = "_".join(call.split("_")[:2]) + "_*"
     meaning = _MEANINGS.get((call, number)) or _MEANINGS.get((family, number))
     if meaning is None:
         meaning = _Meaning(NativeError, os.strerror(number))
@@ -649,6 +674,12 @@ class NativePageTable(_Owned):
             self._do("sa_table_unmap", column, nruns, freed, nfreed)
         return _taken(freed, 4 * int(nfreed[0]))
 
+    def share(self, runs: BytesLike) -> int:
+        """Return what one mapping of every slot in the runs pays of it, in SHARE_PAGE-ths of a page, added up."""
+        share = ffi.new("uint64_t *")
+        self._do("sa_table_share", *_words(runs, 3, "runs"), share)
+        return int(share[0])
+
     def live(self, first: int, n: int) -> tuple[bytes, bytes, int]:
         """Return the used ones of slots [first, first + n), their pages' ids, and the mappings of the whole range."""
         found, mapped = ffi.new("size_t *"), ffi.new("uint64_t *")
@@ -861,3 +892,138 @@ class Vchan(_Owned):
         n, data = ffi.new("size_t *"), _joined(buffers)
         self._do("sa_vchan_write", data, len(data), n)
         return int(n[0])
+
+
+# ------------------------------------------------------------------------------------------------- area domains
+
+GRANT_FIRST: Final[int] = lib.SA_GRANT_FIRST
+GRANTS_PER_FRAME: Final = 512
+
+
+class AreaDomain(_Owned):
+    """Memory and grant table of an area domain, seen from dom0. Slot s is guest frame `base` + s.
+
+    As long as it is open, `domid` names this very domain, whatever becomes of it. Slots and references go in and out as
+    packed uint32.
+    """
+
+    __slots__ = ("domid",)
+
+    def __init__(self, domid: int, base: int) -> None:
+        ret = ffi.new("sa_area **")
+        _call("sa_area_open", domid, base, ret, about=f"domain {domid}")
+        super().__init__(ret[0], lib.sa_area_close)
+        self.domid: Final = domid
+
+    def alive(self) -> bool:
+        """Tell whether the domain is there and not being destroyed."""
+        alive = ffi.new("int *")
+        self._do("sa_area_alive", alive)
+        return bool(alive[0])
+
+    def memory(self) -> int:
+        """Return the bytes of memory that the domain has, its stub's and Xen's special pages included."""
+        pages = ffi.new("uint64_t *")
+        self._do("sa_area_memory", pages)
+        return int(pages[0]) * PAGE_SIZE
+
+    def table(self) -> tuple[int, int]:
+        """Return how many frames the grant table has, and how many it may have."""
+        frames, most = ffi.new("uint32_t *"), ffi.new("uint32_t *")
+        self._do("sa_area_table", frames, most)
+        return int(frames[0]), int(most[0])
+
+    def end(self) -> int:
+        """Return the slot from which on there never was a frame. Raises NativeError, EOVERFLOW, if Xen cannot say."""
+        end = ffi.new("uint32_t *")
+        self._do("sa_area_end", end)
+        return int(end[0])
+
+    def blocks(self, n: int) -> bytes:
+        """Return one byte for each of the first n times 512 slots, 1 where any of them has a frame.
+
+        That is so as long as only populate() and release() changed them, whenever their caller died.
+        """
+        there = ffi.new("uint8_t[]", n)
+        self._do("sa_area_blocks", n, there)
+        return _taken(there, n)
+
+    def present(self, first: int, n: int) -> bytes:
+        """Return one byte for each slot of [first, first + n), 1 where there is a frame."""
+        there = ffi.new("uint8_t[]", n)
+        self._do("sa_area_present", first, n, there)
+        return _taken(there, n)
+
+    def populate(self, first: int, n: int) -> None:
+        """Get frames for slots, both numbers multiples of 512.
+
+        Raises AreaFull if Xen has no more memory, NativeError with errno EDQUOT if the domain may not have more.
+        Nothing was populated then.
+        """
+        self._do("sa_area_populate", first, n)
+
+    def release(self, first: int, n: int) -> None:
+        """Give the frames of slots back. One that a guest maps goes when the guest lets go."""
+        self._do("sa_area_release", first, n)
+
+    def fill(self, key: BytesLike, first: int, pages: BytesLike, want: BytesLike) -> bytes:
+        """Copy pages into slots from `first` on and check the copies against their wanted fingerprints.
+
+        Returns one byte per page, 1 where the copy has the fingerprint. Raises HostError if a slot has no frame.
+        """
+        data, npages = _column(pages, PAGE_SIZE, "pages")
+        fps, nfps = _column(want, FP_SIZE, "fingerprints")
+        _same("pages", npages, "fingerprints", nfps)
+        ok = ffi.new("uint8_t[]", npages)
+        self._do("sa_area_fill", _key(key), first, npages, data, fps, ok)
+        return _taken(ok, npages)
+
+    def verify(self, key: BytesLike, first: int, want: BytesLike) -> bytes:
+        """Check what is in the slots from `first` on; one byte per fingerprint, 1 where it is there and equal."""
+        fps, npages = _column(want, FP_SIZE, "fingerprints")
+        ok = ffi.new("uint8_t[]", npages)
+        self._do("sa_area_verify", _key(key), first, npages, fps, ok)
+        return _taken(ok, npages)
+
+    def read(self, slots: BytesLike) -> bytearray:
+        """Copy pages out of slots, in any order. Raises HostError if one has no frame."""
+        column, n = _words(slots, 1, "slots")
+        pages = bytearray(n * PAGE_SIZE)
+        with ffi.from_buffer("uint8_t[]", pages, require_writable=True) as out:
+            self._do("sa_area_read", column, n, out)
+        return pages
+
+    def grant(self, domid: int, slots: BytesLike, refs: BytesLike) -> None:
+        """Let a domain map slots[i] read only by reference refs[i].
+
+        Raises HostError if an entry is not free or the table cannot grow so far, ValueError if a reference is reserved
+        or given twice. Nothing was written then.
+        """
+        frames, n = _words(slots, 1, "slots")
+        entries, nrefs = _words(refs, 1, "references")
+        _same("slots", n, "references", nrefs)
+        self._do("sa_area_grant", domid, frames, entries, n)
+
+    def revoke(self, refs: BytesLike) -> bytes:
+        """Take grants back; one byte per reference, 1 where it is in use and stays, 0 where it is free now."""
+        column, n = _words(refs, 1, "references")
+        busy = ffi.new("uint8_t[]", n)
+        self._do("sa_area_revoke", column, n, busy)
+        return _taken(busy, n)
+
+    def entries(self) -> tuple[bytes, bytes, bytes]:
+        """Return references, domids and slots of all entries that are not free, ascending; NO_SLOT: no slot's frame."""
+        n = ffi.new("size_t *")
+        with self._lock:
+            self._do("sa_area_entries", 0, ffi.NULL, ffi.NULL, ffi.NULL, n)
+            room = int(n[0])
+            refs, domids, slots = (ffi.new("uint32_t[]", room) for _ in range(3))
+            self._do("sa_area_entries", room, refs, domids, slots, n)
+            room = min(room, int(n[0]))
+        return _taken(refs, 4 * room), _taken(domids, 4 * room), _taken(slots, 4 * room)
+
+    def usage(self) -> tuple[int, int]:
+        """Return how many entries are not free, and how many of them guests have mapped at this moment."""
+        granted, in_use = ffi.new("size_t *"), ffi.new("size_t *")
+        self._do("sa_area_usage", granted, in_use)
+        return int(granted[0]), int(in_use[0])
