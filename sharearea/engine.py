@@ -156,6 +156,7 @@ class _Peer:
     segments: set[int] = field(default_factory=set)
     grantor: int | None = None  # the area's domain, once it was told
     stats: wire.AgentStats | None = None
+    stats_at: float = 0.0  # when they came
     ignored: dict[Verdict, list[int]] = field(default_factory=dict)  # reason -> [files, bytes]
 
 
@@ -454,7 +455,7 @@ class Engine:
                     self._release(peer.pool, peer.domain, array("I", message.ids))
                     self._tally(peer.pool, "pages.released", peer.domain, files=len(message.ids) // 4)
                 case wire.AgentStats():
-                    peer.stats = message
+                    peer.stats, peer.stats_at = message, self._now
                 case wire.Pong():
                     peer.ping_sent = None
                 case _:
