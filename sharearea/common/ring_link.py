@@ -154,7 +154,7 @@ class RingLink:
 
     # --------------------------------------------------------------------------------------------------- sending
 
-    def send(self, message: Message, fd: None = None) -> None:
+    def send(self, message: Message, fd: int | None = None) -> None:
         """Queue a message; flush() writes it. Descriptors do not travel between domains: `fd` has to be None.
 
         Raises QueueFull when max_queue_bytes would be passed, ValueError for a message that does not belong here.
