@@ -62,7 +62,7 @@ from .model import (
     WriteGrants,
 )
 from .pagetable import PageTable
-from .policy import Policy, PoolRules, Refusal
+from .policy import Policy, PoolRules, Refusal, domain_name
 
 _PAGE = wire.PAGE_SIZE
 _FP = wire.FINGERPRINT_SIZE
@@ -156,6 +156,7 @@ class _Peer:
     segments: set[int] = field(default_factory=set)
     grantor: int | None = None  # the area's domain, once it was told
     stats: wire.AgentStats | None = None
+    stats_at: float = 0.0  # when they came
     ignored: dict[Verdict, list[int]] = field(default_factory=dict)  # reason -> [files, bytes]
 
 
@@ -454,7 +455,7 @@ class Engine:
                     self._release(peer.pool, peer.domain, array("I", message.ids))
                     self._tally(peer.pool, "pages.released", peer.domain, files=len(message.ids) // 4)
                 case wire.AgentStats():
-                    peer.stats = message
+                    peer.stats, peer.stats_at = message, self._now
                 case wire.Pong():
                     peer.ping_sent = None
                 case _:
@@ -469,14 +470,14 @@ class Engine:
                 "protocol-version",
                 f"the agent speaks protocol {hello.protocol}, this broker {wire.PROTOCOL_VERSION}: "
                 "install the same version of both",
-                hello.name,
+                domain_name(peer.identity) or hello.name,
             )
             return
         admission = self.policy.admit(peer.identity, hello.name)
         if isinstance(admission, Refusal):
-            self._refuse(peer, admission.reason, admission.text, hello.name)
+            self._refuse(peer, admission.reason, admission.text, domain_name(peer.identity) or hello.name)
             return
-        pool, domain = self._pools[admission.pool], hello.name
+        pool, domain = self._pools[admission.pool], admission.domain
         if self._now < pool.barred.get(domain, 0.0):
             left = pool.barred[domain] - self._now
             self._refuse(
@@ -519,7 +520,7 @@ class Engine:
             ),
         )
         self._reconcile(peer, pool, array("I", hello.held))
-        self._log("domain.joined", domain=domain, pool=pool.name, rule=admission.rule.source, uid=peer.identity.uid)
+        self._log("domain.joined", domain=domain, pool=pool.name, rule=admission.rule.source, **_who(peer))
 
     def _reconcile(self, peer: _Peer, pool: _Pool, held: Iterable[FileId]) -> None:
         """Make the owners in the index and the grants that the agent says it uses the same (I6)."""
@@ -543,7 +544,7 @@ class Engine:
     def _refuse(self, peer: _Peer, reason: str, text: str, domain: str, retry: float = 0.0) -> None:
         self._send(peer.id, wire.Refused(reason, text[:1024], int(retry * 1000)))
         self._act(Disconnect(peer.id))
-        self._log("domain.refused", domain=domain, reason=reason, detail=text, uid=peer.identity.uid)
+        self._log("domain.refused", domain=domain, reason=reason, detail=text, **_who(peer))
         del self._peers[peer.id]
 
     def _expel(self, peer_id: PeerId, reason: str, text: str) -> None:
@@ -551,7 +552,7 @@ class Engine:
         peer = self._peers.get(peer_id)
         if peer is None:
             return
-        self._log("peer.strike", domain=peer.domain, reason=reason, detail=text, uid=peer.identity.uid)
+        self._log("peer.strike", domain=peer.domain, reason=reason, detail=text, **_who(peer))
         self._send(peer_id, wire.Refused(reason, text[:1024], int(self.settings.retry * 1000)))
         self._act(Disconnect(peer_id))
         self._on_closed(peer_id, reason)
@@ -1455,6 +1456,12 @@ def _split(column: bytes, flags: bytes) -> tuple[bytes, bytes]:
     chosen = array("I", [v for v, flag in zip(values, flags, strict=True) if flag == 1])
     others = array("I", [v for v, flag in zip(values, flags, strict=True) if flag != 1])
     return chosen.tobytes(), others.tobytes()
+
+
+def _who(peer: _Peer) -> dict[str, object]:
+    """Return what the log says of a peer besides its name."""
+    identity = peer.identity
+    return {"domid": identity.domid} if identity.backend == "xen" else {"uid": identity.uid}
 
 
 def _known(slots: array[int]) -> array[int]:
