@@ -191,8 +191,8 @@ def _area_domains(host: HostInfo) -> Iterator[Finding]:
         "fail",
         "area domains",
         f"this host cannot create a PVH domain: Xen has {' '.join(sorted(host.virt_caps)) or 'no virtualisation'}",
-        "switch on VT-x with EPT, or SVM with NPT, in the firmware (nested virtualisation where Xen is itself a guest), "
-        "and do not start Xen with hap=0",
+        "switch on VT-x with EPT, or SVM with NPT, in the firmware (nested virtualisation where Xen is itself a "
+        "guest), and do not start Xen with hap=0",
     )
 
 
@@ -259,7 +259,8 @@ def _memory(config: BrokerConfig, host: HostInfo) -> Iterator[Finding]:
         yield Finding(
             "note",
             "memory",
-            f"{free}; the areas may come to {-(-wanted >> 20)} MiB with their tables: publishing pauses when none is left",
+            f"{free}; the areas may come to {-(-wanted >> 20)} MiB with their tables: publishing pauses when none is "
+            "left",
             "lower max_area_bytes, dom0_mem on Xen's command line, or the guests' memory; what guests give up comes "
             'back with reclaim = "balloon"',
         )

@@ -2475,8 +2475,8 @@ def _forgets_marks() -> list[Patch]:
 def _restores_no_owners() -> list[Patch]:
     restore = PoolIndex.restore
 
-    def mutant(self: PoolIndex, record: PoolRecord) -> list[Change]:
-        return restore(self, PoolRecord(record.area, record.slots_per_segment, record.segments, record.slots))
+    def mutant(self: PoolIndex, record: PoolRecord, *more: Any) -> Any:
+        return restore(self, PoolRecord(record.area, record.slots_per_segment, record.segments, record.slots), *more)
 
     return [(PoolIndex, "restore", mutant)]
 
@@ -2493,8 +2493,8 @@ def _clears_no_owner_in_the_store() -> list[Patch]:
 def _counts_slots_anew_after_a_restart() -> list[Patch]:
     restore = PoolIndex.restore
 
-    def mutant(self: PoolIndex, record: PoolRecord) -> list[Change]:
-        changes = restore(self, record)
+    def mutant(self: PoolIndex, record: PoolRecord, *more: Any) -> Any:
+        changes = restore(self, record, *more)
         self.next_slot = max(0, self.next_slot - self.slots_per_segment)
         return changes
 
