@@ -18,12 +18,12 @@ from .lab import Lab
 
 HERE: Final = Path(__file__).resolve().parent
 PASSED: Final = 42
-PROBE_S: Final = 600.0
+PROBE_S: Final = 1200.0
 ANSWER_S: Final = 60.0
 
 
 def probe(
-    lab: Lab, guests: tuple[str, str], path: str = "", rounds: int = 12, hear: Callable[[str], object] = str
+    lab: Lab, guests: tuple[str, str], path: str = "", rounds: int = 8, hear: Callable[[str], object] = str
 ) -> dict[str, Any]:
     """Run the probe; return its figures. Raises ChannelError or AssertionError if it did not pass.
 
@@ -72,7 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("guests", nargs=2)
     parser.add_argument("--path", default="")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
     first, second = options.guests
     figures = probe(
