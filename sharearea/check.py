@@ -259,8 +259,7 @@ def _memory(config: BrokerConfig, host: HostInfo) -> Iterator[Finding]:
         yield Finding(
             "note",
             "memory",
-            f"{free}; the areas may come to {-(-wanted >> 20)} MiB with their tables: publishing pauses when none is "
-            "left",
+            f"{free}; the areas may come to {-(-wanted >> 20)} MiB, tables included; without room, publishing pauses",
             "lower max_area_bytes, dom0_mem on Xen's command line, or the guests' memory; what guests give up comes "
             'back with reclaim = "balloon"',
         )
