@@ -207,7 +207,7 @@ class _Pool:
     offers_due: float = 0.0  # when the next one begins even if something is being published
     remarks: dict[DomainId, deque[Content]] = field(default_factory=dict)
     retry: dict[Content, float] = field(default_factory=dict)
-    undelivered: dict[Content, None] = field(default_factory=dict)  # no holder of these could deliver what was wanted
+    undelivered: dict[Content, None] = field(default_factory=dict)  # no holder could deliver; the last to fail is last
     reconsider_at: float | None = None
     reconsider: deque[Content] = field(default_factory=deque)
     emptying: set[int] = field(default_factory=set)
@@ -338,7 +338,8 @@ class Engine:
     def replace(self, name: PoolId, setup: PoolSetup, now: float) -> list[Action]:
         """Start a pool anew: its area is gone (`xen`: destroyed under way). Its domains have to connect again.
 
-        What guests have mapped of the old area stays good until they let go; they do when they hear of the new one.
+        Call it between events, when all actions are carried out and their outcomes handed in. What guests have mapped
+        of the old area stays good until they let go; they do when they hear of the new one.
         """
         self._now = now
         pool = self._pools[name]
@@ -349,9 +350,6 @@ class Engine:
             self._offers.pop(peer.id, None)
         self._unsaved = [change for change in self._unsaved if change.pool != name]
         self._unsaved.append(PoolOpened(name, setup.area, setup.slots_per_segment))
-        self._waiting = {
-            token: left for token, waiting in self._waiting.items() if (left := _without(waiting, pool)) is not None
-        }
         new = self._pools[name] = self._make_pool(name, setup)
         # What the domains and the operator did stays as it was.
         new.strikes, new.barred, new.detached, new.domids = pool.strikes, pool.barred, pool.detached, pool.domids
@@ -885,6 +883,7 @@ class Engine:
         pool.index.table.unwant(pool.index.ids_at(job.content, job.positions))
         self._published(pool, job.content)
         if job.content.holders:
+            pool.undelivered.pop(job.content, None)
             pool.undelivered[job.content] = None
         # Even if this content is gone: while its pages were wanted, nobody could want them for another one.
         if pool.reconsider_at is None:
@@ -1398,11 +1397,12 @@ class Engine:
             if content.holders:
                 self._consider(pool, content)
         if pool.reconsider_at is not None and self._now >= pool.reconsider_at:
-            # The same pages may be in other contents, whose holders have them: those go first.
+            # The same pages may be in other contents, whose holders have them: those go first, and of the others the
+            # one whose turn is longest ago.
             pool.reconsider_at = None
+            pool.undelivered = {content: None for content in pool.undelivered if content.holders}
             pool.reconsider.extend(c for c in pool.index.all_contents() if c not in pool.undelivered)
             pool.reconsider.extend(pool.undelivered)
-            pool.undelivered.clear()
         for _ in range(min(_SWEEP, len(pool.reconsider))):
             content = pool.reconsider.popleft()
             if content.holders:
@@ -1513,20 +1513,6 @@ def _counted(slots: bytes) -> bytes:
     if NO_SLOT not in array("I", slots)[0::2]:
         return slots
     return array("I", [n for stretch in pairs(slots) if stretch[0] != NO_SLOT for n in stretch]).tobytes()
-
-
-def _without(waiting: _Waiting, pool: _Pool) -> _Waiting | None:
-    """Return what is still waited for when a pool is gone."""
-    match waiting:
-        case _Saving():
-            then = waiting.then
-            lost = then is not None and (then.pool if isinstance(then, _Granting) else then.filling.pool) is pool
-            kept = tuple(change for change in waiting.changes if change.pool != pool.name)
-            return _Saving(kept, None if lost else then)
-        case _Writing():
-            return None if waiting.granting.pool is pool else waiting
-        case _:
-            return None if waiting.pool is pool else waiting
 
 
 def _page_runs(content: Content, positions: bytes) -> bytes:

@@ -422,7 +422,8 @@ class PoolIndex:
                 continue
             self.table.map(owner.runs)
             self._add_owner(*key, Owner(owner.instance, owner.runs, owner.domid, owner.refs))
-        self.table.map(_as_runs(gather(known(counted))))
+        if counted:
+            self.table.map(_as_runs(gather(known(counted))))
         if record.segments:
             self.next_slot = (max(record.segments) + 1) * self.slots_per_segment
         if self.reuse:
