@@ -1,6 +1,7 @@
 """A small xenstored over a unix socket: a tree, watches, which domains there are; slow, silent or mad when asked to.
 
-It knows just what XenStore asks for. tests/test_xenstore.py runs the same tests against the real one where it is there.
+It knows just what XenStore asks for. Debian 12's own xenstored does not run without Xen: told not to look for it (-D),
+it ends at the first write.
 """
 
 from __future__ import annotations
