@@ -102,7 +102,7 @@ class _Seen:
     domid: int
     uuid: str
     link: RingLink | None = None
-    look: bool = True  # its node may have changed
+    look: bool = False  # its node may have changed
     look_at: float = 0.0  # not before
     changes: int = 0
     changes_since: float = 0.0
