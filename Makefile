@@ -12,9 +12,10 @@ JOBS ?= $(shell nproc)
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
+XEN_ARGS ?=
 NATIVE := $(wildcard native/*.[ch] native/tests/*.[ch])
 
-.PHONY: help setup demo test bench lint native-test native-test-sanitized fmt clean
+.PHONY: help setup demo test test-xen bench deb lint native-test native-test-sanitized fmt clean
 
 help: ## list these words
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 32
@@ -32,8 +33,16 @@ test: setup ## all checks and tests: lint, native, native with sanitizers, pytes
 	@$(MAKE) SETUP_IS_DONE=1 native-test-sanitized
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# As root on Debian 12; tests/xen/README.md. Not a part of `test`: it boots a machine of its own.
+test-xen: setup ## the same on a real Xen, in an emulator (root; XEN_ARGS=...)
+	@$(MAKE) SETUP_IS_DONE=1 deb
+	@$(BIN)/python -m tests.xen $(XEN_ARGS)
+
 bench: setup ## measure (BENCH_ARGS=...)
 	@$(BIN)/python -m bench $(BENCH_ARGS)
+
+deb: setup ## Debian packages of both sides, into dist/
+	@tools/deb.sh
 
 lint: setup ## ruff, mypy, import-linter, clang-format; changes nothing
 	$(BIN)/ruff check

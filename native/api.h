@@ -207,6 +207,14 @@ int sa_table_runs(const sa_table *table, const uint32_t *ids, const uint32_t *pa
 int sa_table_map(sa_table *table, const uint32_t *runs, size_t nruns);
 int sa_table_unmap(sa_table *table, const uint32_t *runs, size_t nruns, uint32_t *ret_freed, size_t *ret_nfreed);
 
+/* What a page costs when nobody else maps its slot, in the unit of sa_table_share. */
+enum { SA_SHARE_PAGE = 16777216 };
+
+/* The part that mappings of the slots in the runs pay: SA_SHARE_PAGE / mappings for each slot, rounded down, added up
+ * (a page in 4096 loses less than a byte to rounding). Over all runs that are mapped, a slot is paid once. -ERANGE: a
+ * slot was never used; -EINVAL: a slot has no mapping. */
+int sa_table_share(const sa_table *table, const uint32_t *runs, size_t nruns, uint64_t *ret_share);
+
 /* Slots [first, first + n) that pages use: ret_slots, ret_ids (n entries each). *ret_mapped: mappings of slots in the
  * range, used by a page or not. */
 int sa_table_live(const sa_table *table, uint32_t first, size_t n, uint32_t *ret_slots, uint32_t *ret_ids,
@@ -258,3 +266,126 @@ int sa_grants_place(sa_grants *grants, int device, void *base, uint64_t npages, 
 
 /* Map ioctls and mmaps of this process since its start, and the pages that they mapped. */
 void sa_grants_calls(uint64_t *ret_ioctls, uint64_t *ret_mmaps, uint64_t *ret_pages);
+
+/* ------------------------------------------------------------------------------------------------ ring.c */
+
+/* One side of two byte rings (one each way) in memory that a peer can write too, at any time and anything: the layout of
+ * libxenvchan (xen/include/public/io/libxenvchan.h). "left" carries bytes from client to server, "right" the other way.
+ * A ring holds 2^order bytes: order 10 lies in the control page at byte 1024, order 11 at byte 2048, so one ring of each
+ * pair at the most has each of these; orders 12 to 20 have pages of their own. For one thread at a time. */
+typedef struct sa_ring sa_ring;
+
+enum { SA_RING_SERVER = 0, SA_RING_CLIENT = 1 };
+enum { SA_RING_MIN_ORDER = 10, SA_RING_MAX_ORDER = 20 };
+/* WAITING: a server's client has not come yet. CLOSED is for ever: the peer has left, or says what makes no sense. */
+enum { SA_RING_WAITING = 0, SA_RING_OPEN = 1, SA_RING_CLOSED = 2 };
+
+/* Pages that a pair needs besides its control page, 0 for a ring inside it. -EINVAL: no such pair of orders. */
+int sa_ring_pages(uint32_t left_order, uint32_t right_order, uint32_t *ret_left, uint32_t *ret_right);
+/* Write a control page that waits for its first client. ret_control: 4096 bytes, aligned to 4. grants: references of the
+ * left ring's pages, then of the right ring's (NULL: all zero). */
+int sa_ring_format(uint8_t *ret_control, uint32_t left_order, uint32_t right_order, const uint32_t *grants);
+/* Take a side of a formatted pair. The ring keeps the three pointers, which must stay valid until it is destroyed: to
+ * the control page and to each ring's own pages (NULL: inside the control page). Writes nothing. */
+int sa_ring_create(int side, uint8_t *control, uint8_t *left, uint8_t *right, uint32_t left_order, uint32_t right_order,
+                   sa_ring **ret);
+void sa_ring_destroy(sa_ring *ring); /* NULL is fine. Says nothing to the peer. */
+/* Client: tell the server, through the control page, that it is here. An event has to follow. */
+void sa_ring_connect(sa_ring *ring);
+/* Tell the peer, through the control page, that this side has left. An event has to follow. */
+void sa_ring_hang_up(sa_ring *ring);
+int sa_ring_state(sa_ring *ring); /* SA_RING_* */
+/* Move bytes: as many as there are or fit, max at the most. Whoever gets or puts fewer than max has asked the peer for
+ * an event when there is more. *ret_notify 1: the peer asked for one; send it. -EPROTO: the peer's counters make no
+ * sense; nothing was moved. */
+int sa_ring_read(sa_ring *ring, uint8_t *ret_bytes, size_t max, size_t *ret_n, int *ret_notify);
+int sa_ring_write(sa_ring *ring, const uint8_t *bytes, size_t max, size_t *ret_n, int *ret_notify);
+
+/* ----------------------------------------------------------------------------------------------- vchan.c */
+
+/* A pair of rings between two Xen domains, with an event channel: what libxenvchan makes, through the devices under
+ * /dev/xen. The control page says that an end has left also when its process was killed. -ENOENT, -ENXIO or -ENODEV: a
+ * device is missing. */
+typedef struct sa_vchan sa_vchan;
+
+/* Server: allocate pages, granted to domain domid, and an event channel for it. -ENOSPC: the limit of xen-gntalloc. */
+int sa_vchan_serve(uint32_t domid, uint32_t read_order, uint32_t write_order, sa_vchan **ret);
+/* Client: connect to a server of domain domid. -EBUSY: its ring is not fresh (somebody was connected, or the server has
+ * left); -EPROTO: its control page makes no sense; -EINVAL: no such grant or port for us. Only a call that succeeds
+ * changes anything that the server sees. */
+int sa_vchan_connect(uint32_t domid, uint32_t ring_ref, uint32_t port, sa_vchan **ret);
+/* Tell the peer, and let everything go. NULL is fine. */
+void sa_vchan_destroy(sa_vchan *vchan);
+int sa_vchan_fd(const sa_vchan *vchan);            /* readable when an event is pending; stays the vchan's */
+uint32_t sa_vchan_ring_ref(const sa_vchan *vchan); /* of the control page */
+uint32_t sa_vchan_port(const sa_vchan *vchan);     /* in this domain */
+/* Take the pending event, if there is one, and let the next one come. Never waits. */
+int sa_vchan_drain(sa_vchan *vchan, int *ret_pending);
+int sa_vchan_state(sa_vchan *vchan); /* SA_RING_* */
+/* sa_ring_read, sa_ring_write, and the event that the peer asked for. */
+int sa_vchan_read(sa_vchan *vchan, uint8_t *ret_bytes, size_t max, size_t *ret_n);
+int sa_vchan_write(sa_vchan *vchan, const uint8_t *bytes, size_t max, size_t *ret_n);
+
+/* ------------------------------------------------------------------------------------------ grant_xen.c */
+
+/* The dom0 half of grants, and the area domain's memory. A table of grant entries is given as chunks of
+ * SA_GRANT_CHUNK entries each (the last one may be shorter), nentries in all; entry 0 to SA_GRANT_FIRST - 1 are Xen's
+ * and the toolstack's own and are never touched. Entries have version 1: {u16 flags, u16 domid, u32 frame}. These three
+ * are pure: they run over any memory, one caller at a time, beside Xen, which sets and clears "in use" bits at any
+ * moment. */
+enum { SA_GRANT_FIRST = 8, SA_GRANT_CHUNK = 16384 };
+
+/* Let domain domid map frame frames[i] read only by reference refs[i]. -EINVAL: a reference below SA_GRANT_FIRST, twice
+ * in refs, or a domid that Xen reserves; -ERANGE: not in the table; -EBUSY: an entry that is not free. Nothing is
+ * written then. */
+int sa_grants_write(void *const *chunks, size_t nentries, uint32_t domid, const uint32_t *frames, const uint32_t *refs,
+                    size_t n);
+/* Take back: ret_busy gets n bytes, 0 where the entry is free now (or was), 1 where Xen has it in use, or a guest takes
+ * and drops it so fast that it cannot be told: it stays as it is. -EINVAL, -ERANGE as above; nothing is revoked then. */
+int sa_grants_revoke(void *const *chunks, size_t nentries, const uint32_t *refs, size_t n, uint8_t *ret_busy);
+/* All entries from SA_GRANT_FIRST on that are not free, ascending: the first max of them, *ret_n how many there are. */
+int sa_grants_list(void *const *chunks, size_t nentries, size_t max, uint32_t *ret_refs, uint32_t *ret_domids,
+                   uint32_t *ret_frames, size_t *ret_n);
+
+/* Memory and grant table of an area domain, which never runs, from dom0. Slot s of it is guest frame base + s. As long
+ * as this is open the domid names this very domain: the table is mapped, so Xen keeps at least the husk of it. */
+typedef struct sa_area sa_area;
+
+/* base: a multiple of 512. Loads libxenforeignmemory.so.1 and libxencall.so.1 (-ELIBACC: they are not there). -ESRCH: no
+ * such domain. */
+int sa_area_open(uint32_t domid, uint64_t base, sa_area **ret);
+void sa_area_close(sa_area *area);                                         /* NULL is fine */
+int sa_area_alive(sa_area *area, int *ret_alive);                          /* 0: destroyed, or being so */
+int sa_area_memory(sa_area *area, uint64_t *ret_pages);                    /* all that the domain has, its stub's too */
+int sa_area_table(sa_area *area, uint32_t *ret_frames, uint32_t *ret_max); /* grant frames now, and at the most */
+
+/* Slots from *ret_end on never had a frame (2 MiB steps). -EOVERFLOW: the area is beyond what Xen's answer can say. */
+int sa_area_end(sa_area *area, uint32_t *ret_end);
+/* One byte for each 2 MiB of slots, from slot 0 on: 1 where its last slot has a frame. That one comes first and goes
+ * last: where it is 0 there is none in these 2 MiB, whenever a broker died. */
+int sa_area_blocks(sa_area *area, uint32_t nblocks, uint8_t *ret_there);
+/* One byte per slot of [first, first + n): 1 where there is a frame. */
+int sa_area_present(sa_area *area, uint32_t first, uint32_t n, uint8_t *ret_present);
+/* Get frames for the slots, ascending in machine memory, 2 MiB at a time where Xen has that, else 4 KiB. Frames that an
+ * earlier broker left there go first. -EDQUOT: the domain may not have so many pages; -ENOMEM: Xen has no more. Nothing
+ * was populated then. */
+int sa_area_populate(sa_area *area, uint32_t first, uint32_t n);
+/* Give frames back; a slot without one is fine. One that a guest maps is freed when it lets go. */
+int sa_area_release(sa_area *area, uint32_t first, uint32_t n);
+
+/* As sa_segment_fill, _verify, _read. fill maps the target frames writable for the time of the call. A slot without a
+ * frame is -ENXIO, but verify calls it unequal. read takes any slots. */
+int sa_area_fill(sa_area *area, const uint8_t *key, uint32_t first, uint32_t npages, const uint8_t *pages,
+                 const uint8_t *want, uint8_t *ret_ok);
+int sa_area_verify(sa_area *area, const uint8_t *key, uint32_t first, uint32_t npages, const uint8_t *want,
+                   uint8_t *ret_ok);
+int sa_area_read(sa_area *area, const uint32_t *slots, size_t n, uint8_t *ret_pages);
+
+/* sa_grants_* over the domain's own table, with slots for frames. The table grows as needed; -ENOSPC: it may not.
+ * A frame that is no slot is listed as slot 0xffffffff. A reference beyond the table's present end is free. */
+int sa_area_grant(sa_area *area, uint32_t domid, const uint32_t *slots, const uint32_t *refs, size_t n);
+int sa_area_revoke(sa_area *area, const uint32_t *refs, size_t n, uint8_t *ret_busy);
+int sa_area_entries(sa_area *area, size_t max, uint32_t *ret_refs, uint32_t *ret_domids, uint32_t *ret_slots,
+                    size_t *ret_n);
+/* How many entries from SA_GRANT_FIRST on are not free, and how many of them guests have mapped at this moment. */
+int sa_area_usage(sa_area *area, size_t *ret_granted, size_t *ret_in_use);

@@ -1092,6 +1092,30 @@ int sa_table_unmap(sa_table *table, const uint32_t *runs, size_t nruns, uint32_t
 	return 0;
 }
 
+/* The sum fits: 2^40 slots would have to be named for 64 bits of it, and nobody waits for as many. */
+int sa_table_share(const sa_table *table, const uint32_t *runs, size_t nruns, uint64_t *ret_share)
+{
+	uint64_t share = 0;
+
+	for (size_t run = 0; run < nruns; run++) {
+		uint64_t slot = runs[3 * run + 1];
+
+		for (uint64_t end = slot + runs[3 * run + 2]; slot < end; slot++) {
+			uint32_t mappings;
+
+			if (slot > UINT32_MAX || !slot_has_memory(table, (uint32_t)slot) ||
+			    *page_in(table, (uint32_t)slot) == NEVER)
+				return -ERANGE;
+			mappings = *mappings_of(table, (uint32_t)slot);
+			if (mappings == 0)
+				return -EINVAL;
+			share += (uint32_t)SA_SHARE_PAGE / mappings;
+		}
+	}
+	*ret_share = share;
+	return 0;
+}
+
 int sa_table_live(const sa_table *table, uint32_t first, size_t n, uint32_t *ret_slots, uint32_t *ret_ids,
                   size_t *ret_n, uint64_t *ret_mapped)
 {

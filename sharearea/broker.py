@@ -20,15 +20,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from . import fdstore, stats
-from .area.local import LocalArea
+from .area.base import Area
+from .backend.base import Backend
+from .backend.local import LocalBackend
 from .common import native, wire
 from .common.control import ControlServer
-from .common.errors import AreaFull, HostError, NativeError, ProtocolError, ShareareaError, StoreError, UsageError
-from .common.link import LinkClosed, QueueFull, StreamLink
+from .common.errors import AreaFull, HostError, NativeError, ProtocolError, StoreError, UsageError
+from .common.link import Link, LinkClosed, QueueFull
 from .common.logs import EventLog
 from .config import BrokerConfig
 from .engine import Engine, PoolSetup, Settings
-from .keys import PoolKey, load_keys
+from .keys import load_keys
 from .model import (
     Action,
     CloseSegment,
@@ -40,6 +42,7 @@ from .model import (
     Fill,
     Filled,
     FillFailed,
+    Identity,
     Log,
     Malformed,
     Move,
@@ -49,22 +52,20 @@ from .model import (
     PoolId,
     PoolRecord,
     Received,
+    Revoke,
     Send,
     SendSegment,
     Tick,
+    WriteGrants,
 )
 from .policy import PoolRules
 from .store import Store
-from .transport.local import LocalListener
 
 _TICK_S: Final = 0.25
 _SHARE_S: Final = 0.004  # of one round, for one connection
 _LINGER_S: Final = 2.0  # for the last words to a peer that is sent away
-_ACCEPT_PAUSE_S: Final = 1.0
 _MAX_SILENT: Final = 32  # connections of one user that have said nothing yet
 _FILES_PER_ANSWER: Final = 1000
-
-Inherited = dict[str, list[int]]
 
 
 def boot_id() -> str:
@@ -75,8 +76,8 @@ def boot_id() -> str:
 @dataclass(slots=True, eq=False)
 class _Connection:
     peer: PeerId
-    link: StreamLink
-    uid: int
+    link: Link
+    identity: Identity
     silent: bool = True  # no message has come
     inbox: deque[wire.Message] = field(default_factory=deque)
     leaving_at: float | None = None  # set when it is to be closed as soon as its queue is empty
@@ -91,18 +92,17 @@ class Broker:
         self._selector = selectors.DefaultSelector()
         self._connections: dict[PeerId, _Connection] = {}
         self._next_peer = 0
-        self._areas: dict[PoolId, LocalArea] = {}
+        self._areas: dict[PoolId, Area] = {}
         self._stopping = False
-        self._accept_at: float | None = None
-        self._lacking = False  # the last connection could not be accepted
+        self._watched = -1  # the backend's descriptor in the selector
         self._tick_at = 0.0
         self._started = time.monotonic()
         self._statistics_at = self._started + config.status_interval
-        self._listener: LocalListener | None = None
         self._control: ControlServer | None = None
         self._store: Store | None = None
         self._signals: socket.socket | None = None
         self._undo = contextlib.ExitStack()
+        self._backend: Backend
         self.engine: Engine
 
     # ------------------------------------------------------------------------------------------------ start and end
@@ -114,60 +114,59 @@ class Broker:
         _make_folder(config.state_dir, 0o700)
         _make_folder(config.socket.parent, 0o755)
         _make_folder(config.status_socket.parent, 0o755)
-        # First of all: two brokers must not both look at the store.
-        self._listener = LocalListener(config.socket)
-        self._undo.callback(self._listener.close)
+        self._backend = _backend(config, self.log)
+        self._undo.callback(self._backend.close)
         self._store, records, note = Store.open(
             config.state_dir / "store", boot_id=boot, max_bytes=config.store_max_bytes
         )
         self._undo.callback(self._store.close)
         if note is not None:
             self.log.event("store.set_aside", detail=note)
-        keys = load_keys(config.state_dir, boot, sorted(config.policy.pools))
-        inherited = fdstore.inherited()
-        setups = {
-            name: self._open_pool(rules, keys[name], records.get(name), inherited)
-            for name, rules in config.policy.pools.items()
-        }
-        adopted = {_segment_name(pool, segment) for pool, area in self._areas.items() for segment in area.segments()}
-        for name, fds in inherited.items():
-            for fd in fds:
-                os.close(fd)
-            if name not in adopted:
-                self._keep(name, None)
+        self._keys = load_keys(config.state_dir, boot, sorted(config.policy.pools))
+        setups = {name: self._open_pool(rules, records.get(name)) for name, rules in config.policy.pools.items()}
         self.engine = Engine(config.policy, setups, native.file_root, Settings(grace=config.grace))
         self._perform(self.engine.start(time.monotonic()))
+        for event in self._backend.found(records.values()):
+            self._feed(event)
         self._control = ControlServer(config.status_socket, 0o600, self._answer, self._selector)
         self._undo.callback(self._control.close)
-        self._selector.register(self._listener, selectors.EVENT_READ, self._listener)
+        self._watch_backend()
         self.log.event(
             "broker.started",
             pools=len(setups),
-            socket=str(config.socket),
+            socket=str(config.socket) if config.backend == "local" else None,
             kernel=native.selected_hash_kernel(),
             backend=config.backend,
         )
         for warning in config.warnings:
             self.log.event("config.warning", detail=warning)
 
-    def _open_pool(self, rules: PoolRules, key: PoolKey, record: PoolRecord | None, inherited: Inherited) -> PoolSetup:
-        slots = self.config.slots_per_segment
-        area = LocalArea(rules.name, key.key, slots, rules.max_area_bytes)
-        self._undo.callback(area.close)
-        self._areas[rules.name] = area
-        why = _adopt(area, record, slots, rules.max_pages, inherited)
-        if why is None and record is not None:
-            self.log.event("area.adopted", pool=rules.name, segments=len(record.segments), owners=len(record.owners))
+    def _open_pool(self, rules: PoolRules, record: PoolRecord | None) -> PoolSetup:
+        key = self._keys[rules.name]
+        opened = self._backend.open_area(rules, key.key, record)
+        self._areas[rules.name] = opened.area
+        if opened.record is not None:
+            self.log.event(
+                "area.adopted",
+                pool=rules.name,
+                segments=len(opened.record.segments),
+                owners=len(opened.record.owners),
+            )
         else:
-            for segment in list(area.segments()):
-                area.close_segment(segment)
-            record = None
-            self.log.event("area.opened", pool=rules.name, reason=why)
+            self.log.event("area.opened", pool=rules.name, reason=opened.reason)
         zero, _ = native.fingerprint_pages(key.key, bytes(wire.PAGE_SIZE))
         table = native.NativePageTable(os.urandom(native.SEED_SIZE), zero, rules.max_domains, rules.max_pages)
         self._undo.callback(table.close)
-        identity = record.area if record is not None else os.urandom(16)
-        return PoolSetup(identity, key.epoch, key.key, slots, table, record)
+        return PoolSetup(
+            opened.identity,
+            key.epoch,
+            key.key,
+            self.config.slots_per_segment,
+            table,
+            opened.record,
+            opened.grants,
+            opened.entries,
+        )
 
     def close(self) -> None:
         """Close everything. Guests keep what they have mapped: sealed memory outlives the broker."""
@@ -211,14 +210,15 @@ class Broker:
         timeout = 0.0 if pending or self.engine.busy else _TICK_S
         for key, mask in self._selector.select(timeout):
             owner = key.data
-            if owner is self._listener:
-                self._accept()
+            if owner is self._backend:
+                self._arrivals()
             elif isinstance(owner, ControlServer):
                 owner.ready(key.fileobj)
             elif isinstance(owner, _Connection):
-                if mask & selectors.EVENT_WRITE:
+                # A ring has one event for both: there is something to read, or room again.
+                if owner.link.wants_write:
                     self._flush(owner)
-                if mask & selectors.EVENT_READ and owner.peer in self._connections:
+                if mask & selectors.EVENT_READ and not owner.inbox and owner.peer in self._connections:
                     self._read(owner)
             elif self._signals is not None:
                 with contextlib.suppress(BlockingIOError):
@@ -228,26 +228,33 @@ class Broker:
                 self._work(connection)
         self._tick()
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        accepted = self._listener.accept()
-        if accepted is None:
-            if self._listener.lacking is not None:
-                if not self._lacking:
-                    self.log.event("broker.limit", detail=f"cannot accept a connection: {self._listener.lacking}")
-                self._lacking = True
-                self._selector.unregister(self._listener)
-                self._accept_at = time.monotonic() + _ACCEPT_PAUSE_S
+    def _watch_backend(self) -> None:
+        """Watch the backend's descriptor, which may come and go."""
+        fd = self._backend.fileno()
+        if fd == self._watched:
             return
-        link, identity = accepted
-        self._lacking = False
+        if self._watched >= 0:
+            self._selector.unregister(self._watched)
+        if fd >= 0:
+            self._selector.register(fd, selectors.EVENT_READ, self._backend)
+        self._watched = fd
+
+    def _arrivals(self) -> None:
+        for came in self._backend.ready():
+            if isinstance(came, tuple):
+                self._connect(*came)
+            else:
+                self._feed(came)
+        self._watch_backend()
+
+    def _connect(self, link: Link, identity: Identity) -> None:
         self._next_peer += 1
-        connection = _Connection(self._next_peer, link, identity.uid)
+        connection = _Connection(self._next_peer, link, identity)
         self._connections[connection.peer] = connection
         self._selector.register(link, selectors.EVENT_READ, connection)
         self._feed(PeerConnected(connection.peer, identity))
         # An agent speaks at once. Whoever only connects must not take all descriptors from those who do.
-        silent = [c for c in self._connections.values() if c.silent and c.uid == identity.uid and c.leaving_at is None]
+        silent = [c for c in self._connections.values() if c.silent and c.identity == identity and c.leaving_at is None]
         if len(silent) > _MAX_SILENT:
             self._feed(Malformed(silent[0].peer, f"{len(silent)} connections of this user that say nothing"))
 
@@ -276,11 +283,7 @@ class Broker:
         """Set what the selector waits for: no reading while there is unread work, or for one that is to go."""
         if connection.peer not in self._connections:
             return
-        events = 0
-        if not connection.inbox and connection.leaving_at is None:
-            events |= selectors.EVENT_READ
-        if connection.link.wants_write:
-            events |= selectors.EVENT_WRITE
+        events = connection.link.poll_events(not connection.inbox and connection.leaving_at is None)
         registered = self._selector.get_map().get(connection.link)
         if registered is not None and registered.events == events:
             return
@@ -318,9 +321,12 @@ class Broker:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        if self._accept_at is not None and now >= self._accept_at and self._listener is not None:
-            self._accept_at = None
-            self._selector.register(self._listener, selectors.EVENT_READ, self._listener)
+        events, lost = self._backend.tick(now)
+        for event in events:
+            self._feed(event)
+        for pool in lost:
+            self._replace(pool)
+        self._watch_backend()
         for connection in list(self._connections.values()):
             if connection.leaving_at is not None and now >= connection.leaving_at:
                 self._drop(connection)
@@ -333,6 +339,15 @@ class Broker:
                 self.log.event("pool.statistics", **snapshot)
 
     # ------------------------------------------------------------------------------------------------------ actions
+
+    def _replace(self, pool: PoolId) -> None:
+        """Begin anew with a pool whose area is gone."""
+        old = self._areas[pool]
+        setup = self._open_pool(self.config.policy.pools[pool], None)
+        table = self.engine.pools()[pool].index.table
+        self._perform(self.engine.replace(pool, setup, time.monotonic()))
+        table.close()
+        old.close()
 
     def _feed(self, event: Event) -> None:
         self._perform(self.engine.handle(event, time.monotonic()))
@@ -354,9 +369,9 @@ class Broker:
             case Send():
                 return self._send(action.peer, touched, lambda link: link.send(action.message))
             case SendSegment():
-                area = self._areas[action.pool]
-                message = wire.Segment(action.segment)
-                return self._send(action.peer, touched, lambda link: link.send(message, area.fd(action.segment)))
+                assert isinstance(self._backend, LocalBackend)
+                fd = self._backend.segment_fd(action.pool, action.segment)
+                return self._send(action.peer, touched, lambda link: link.send(wire.Segment(action.segment), fd))
             case Disconnect():
                 connection = self._connections.get(action.peer)
                 if connection is not None:
@@ -378,14 +393,14 @@ class Broker:
                 return Committed(action.token)
             case CloseSegment():
                 self._areas[action.pool].close_segment(action.segment)
-                self._keep(_segment_name(action.pool, action.segment), None)
+                self._backend.closed(action.pool, action.segment)
+            case WriteGrants() | Revoke():
+                return self._backend.act(action)
             case Log():
                 self.log.event(action.event, **action.fields)
         return None
 
-    def _send(
-        self, peer: PeerId, touched: dict[PeerId, _Connection], send: Callable[[StreamLink], None]
-    ) -> Event | None:
+    def _send(self, peer: PeerId, touched: dict[PeerId, _Connection], send: Callable[[Link], None]) -> Event | None:
         connection = self._connections.get(peer)
         if connection is None or connection.leaving_at is not None:
             return None
@@ -400,27 +415,14 @@ class Broker:
         return None
 
     def _fill(
-        self, token: int, area: LocalArea, fill: Callable[[], tuple[bytes, tuple[tuple[int, int, int], ...]]]
+        self, token: int, area: Area, fill: Callable[[], tuple[bytes, tuple[tuple[int, int, int], ...]]]
     ) -> Event:
         try:
             ok, opened = fill()
         except (AreaFull, HostError, NativeError) as error:
             return FillFailed(token, error.message)
-        for segment, _, _ in opened:
-            self._keep(_segment_name(area.pool, segment), area.fd(segment))
+        self._backend.filled(area.pool, [segment for segment, _, _ in opened])
         return Filled(token, ok, opened)
-
-    def _keep(self, name: str, fd: int | None) -> None:
-        """Leave a segment with the service manager, so that the next broker finds it; or take it back."""
-        if not fdstore.available():
-            return
-        try:
-            if fd is not None:
-                fdstore.store(name, fd)
-            else:
-                fdstore.remove(name)
-        except HostError as error:
-            self.log.event("broker.limit", detail=error.message)
 
     # ------------------------------------------------------------------------------------------------- looking in
 
@@ -460,36 +462,8 @@ class Broker:
                 raise UsageError(f"no such question: {verb!r}", "status, pools, domains or files")
 
 
-def _segment_name(pool: PoolId, segment: int) -> str:
-    return f"sharearea-{pool}-{segment}"
-
-
-def _adopt(area: LocalArea, record: PoolRecord | None, slots: int, max_pages: int, inherited: Inherited) -> str | None:
-    """Take over every segment that the store knows, from the service manager; say why not all of them came."""
-    if record is None or not record.segments:
-        return "no-earlier-area"
-    if record.slots_per_segment != slots:
-        return "segment-size-changed"
-    if sum(len(fingerprints) for fingerprints in record.slots.values()) // wire.FINGERPRINT_SIZE > max_pages:
-        return "table-too-small"
-    for segment, (dev, ino) in record.segments.items():
-        fds = inherited.get(_segment_name(area.pool, segment), [])
-        if not fds:
-            return "segments-not-kept"
-        # An earlier area's segment may lie there under the same name.
-        fd = next((fd for fd in fds if (os.fstat(fd).st_dev, os.fstat(fd).st_ino) == (dev, ino)), fds[-1])
-        try:
-            area.adopt(segment, fd, dev, ino)
-        except ShareareaError as error:
-            return f"segment-refused: {error.message}"
-    empty = bytes(wire.FINGERPRINT_SIZE)
-    for first, fingerprints in record.slots.items():
-        ok = area.verify(first, fingerprints)
-        if 0 in ok:
-            used = [i for i, good in enumerate(ok) if not good and fingerprints[i * 32 : i * 32 + 32] != empty]
-            if used:
-                return "bytes-differ"
-    return None
+def _backend(config: BrokerConfig, log: EventLog) -> Backend:
+    return LocalBackend(config, log)
 
 
 def _raise_descriptor_limit() -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from .common import toml_schema as schema
 from .common.globs import MAX_NAME, NAME_CHARACTERS, is_name, name_glob_covers
@@ -22,11 +24,14 @@ from .policy import (
     MAX_DOMAINS,
     MAX_FILE_SIZE,
     MAX_FILES,
+    MAX_GRANTS,
     MAX_PAGES,
     MAX_UID,
+    Backend,
     DomainRule,
     Policy,
     PoolRules,
+    Reclaim,
     RulesError,
 )
 
@@ -34,9 +39,24 @@ SEGMENT_HEADER_BYTES: Final = 2 * MIB  # SA_SEGMENT_HEADER of native/api.h; test
 MAX_POOLS: Final = 64
 MAX_RULES: Final = 1024  # of one pool
 
+_T = TypeVar("_T")
+
 _HINT: Final = "docs/examples/broker.toml shows every key with its default"
 _POOL: Final = PoolRules("default")
-_XEN: Final = "this version has the local backend only"
+_BACKENDS: Final[tuple[Backend, ...]] = ("local", "xen")
+
+XEN_SEGMENT_BYTES: Final = 8 * MIB
+"""Default size of a segment on xen: nothing is handed over there, so small ones cost nothing and go back sooner."""
+
+# Keys that only one backend can follow. On the other one their defaults say nothing, so they may stay in the file.
+_LOCAL_KEYS: Final = {"socket": "on xen agents come through xenstore and rings in shared memory"}
+_XEN_POOL_KEYS: Final = {
+    "reclaim": "what a domain drops is the host kernel's at once here",
+    "reclaim_floor": "nothing is reclaimed here",
+    "reclaim_headroom": "nothing is reclaimed here",
+    "max_grants": "there are no grants here",
+    "max_grants_per_domain": "there are no grants here",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +67,7 @@ class BrokerConfig:
     """
 
     enabled: bool = field(default=False, metadata=key(schema.Boolean()))
-    backend: str = field(default="local", metadata=key(schema.Choice(("local",), {"xen": _XEN})))
+    backend: Backend = field(default="local", metadata=key(schema.Choice(_BACKENDS)))
     socket: Path = field(
         default=Path("/run/sharearea/broker.sock"), metadata=key(schema.socket_path('"/run/sharearea/broker.sock"'))
     )
@@ -67,8 +87,9 @@ class BrokerConfig:
 
     @property
     def slots_per_segment(self) -> int:
-        """Return how many pages a segment holds behind its header."""
-        return (self.segment_bytes - SEGMENT_HEADER_BYTES) // PAGE_SIZE
+        """Return how many pages a segment holds: on `local` behind its header, on `xen`, which has none, in all."""
+        header = SEGMENT_HEADER_BYTES if self.backend == "local" else 0
+        return (self.segment_bytes - header) // PAGE_SIZE
 
     @classmethod
     def load(cls, path: Path | str) -> BrokerConfig:
@@ -81,22 +102,31 @@ class BrokerConfig:
         document = schema.parse(data, file, _HINT)
         problems = Problems(file)
         schema.check_keys(document, ("broker", "pools"), "", problems)
-        broker = schema.read_section(cls, document.get("broker", {}), "broker", problems)
-        pools, rules = _read_pools(document.get("pools", {}), problems)
+        section = document.get("broker", {})
+        broker = schema.read_section(cls, section, "broker", problems)
+        if broker is not None and broker.backend == "xen" and "segment_bytes" not in section:
+            broker = dataclasses.replace(broker, segment_bytes=XEN_SEGMENT_BYTES)
+        pools, rules = _read_pools(document.get("pools", {}), _backend(section), problems)
         if broker is not None:
             _check_broker(broker, pools, problems)
         problems.raise_if_any(_HINT)
         assert broker is not None  # or there was a problem
-        policy = Policy({pool.name: pool for pool in pools}, rules, enabled=broker.enabled)
+        policy = Policy({pool.name: pool for pool in pools}, rules, enabled=broker.enabled, backend=broker.backend)
         return dataclasses.replace(broker, policy=policy, warnings=tuple(_warnings(policy)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainSection:
-    """One entry of a pool's `domains`: the names and the users that may join under them."""
+    """One entry of a pool's `domains`. `local`: the names and the users that may join under them, both; `xen`: names,
+    uuids and labels, all that are there.
+    """
 
-    name: tuple[str, ...] = field(metadata=key(schema.ListOf(schema.NameGlob(), 1, or_one=True)))
-    uid: tuple[int, ...] = field(metadata=key(schema.ListOf(schema.Integer(0, MAX_UID, 1000), 1, or_one=True)))
+    name: tuple[str, ...] = field(default=(), metadata=key(schema.ListOf(schema.NameGlob(), 1, or_one=True)))
+    uid: tuple[int, ...] = field(
+        default=(), metadata=key(schema.ListOf(schema.Integer(0, MAX_UID, 1000), 1, or_one=True))
+    )
+    uuid: tuple[str, ...] = field(default=(), metadata=key(schema.ListOf(schema.Uuid(), 1, or_one=True)))
+    label: tuple[str, ...] = field(default=(), metadata=key(schema.ListOf(schema.Name('"office"'), 1, or_one=True)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,9 +147,24 @@ class PoolSection:
     max_domains: int = field(default=_POOL.max_domains, metadata=key(schema.Integer(2, MAX_DOMAINS)))
     max_area_bytes: int = field(default=_POOL.max_area_bytes, metadata=key(schema.Size(8 * MIB, 1024 * TIB)))
     max_pages: int = field(default=_POOL.max_pages, metadata=key(schema.Integer(1024, MAX_PAGES)))
+    reclaim: Reclaim = field(default=_POOL.reclaim, metadata=key(schema.Choice(("off", "balloon"))))
+    reclaim_floor: int = field(default=_POOL.reclaim_floor, metadata=key(schema.Size(32 * MIB, 1024 * TIB)))
+    reclaim_headroom: int = field(default=_POOL.reclaim_headroom, metadata=key(schema.Size(8 * MIB, 1024 * TIB)))
+    max_grants: int = field(default=_POOL.max_grants, metadata=key(schema.Integer(0, MAX_GRANTS, 32_768)))
+    max_grants_per_domain: int = field(
+        default=_POOL.max_grants_per_domain, metadata=key(schema.Integer(0, MAX_GRANTS, 16_384))
+    )
 
 
-def _read_pools(value: object, problems: Problems) -> tuple[list[PoolRules], tuple[DomainRule, ...]]:
+def _backend(section: object) -> Backend | None:
+    # The backend of a file, also of one whose [broker] has faults; None if that is one of them.
+    value = section.get("backend", "local") if isinstance(section, dict) else "local"
+    return next((backend for backend in _BACKENDS if backend == value), None)
+
+
+def _read_pools(
+    value: object, backend: Backend | None, problems: Problems
+) -> tuple[list[PoolRules], tuple[DomainRule, ...]]:
     # Pools without faults, and the rules of all of them in the order of the file.
     if not isinstance(value, dict):
         problems.add("pools", "expected tables", "write [pools.NAME]")
@@ -134,8 +179,12 @@ def _read_pools(value: object, problems: Problems) -> tuple[list[PoolRules], tup
             what = f"a pool's name has 1 to {MAX_NAME} characters ({NAME_CHARACTERS})"
             problems.add(where, what, "rename it, as [pools.office]")
         section = schema.read_section(PoolSection, table, where, problems)
+        if backend is not None and isinstance(table, dict):
+            _check_rules(table.get("domains"), where, backend, problems)
         if section is None or not is_name(name):
             continue
+        if backend == "local":
+            _check_local_pool(section, where, problems)
         values: dict[str, Any] = {
             f.name: getattr(section, f.name)
             for f in dataclasses.fields(section)
@@ -151,13 +200,46 @@ def _read_pools(value: object, problems: Problems) -> tuple[list[PoolRules], tup
                     f"{where}.{fault}", what, "leave some out" if "clude" in fault else "change one of the two"
                 )
         rules += [
-            DomainRule(name, rule.name, rule.uid, f"{where}.domains[{number}]")
+            DomainRule(name, rule.name, rule.uid, f"{where}.domains[{number}]", rule.uuid, rule.label)
             for number, rule in enumerate(section.domains)
         ]
     return pools, tuple(rules)
 
 
+def _check_local_pool(section: PoolSection, where: str, problems: Problems) -> None:
+    for name, why in _XEN_POOL_KEYS.items():
+        if getattr(section, name) != getattr(_POOL, name):
+            problems.add(f"{where}.{name}", f"is for the xen backend: {why}", "leave it out")
+
+
+def _check_rules(entries: object, where: str, backend: Backend, problems: Problems) -> None:
+    # Which keys an entry of `domains` has; what is in them, the section says.
+    kinds = schema.keys_of(DomainSection)
+    for number, entry in enumerate(entries if isinstance(entries, list) else ()):
+        if not isinstance(entry, dict):
+            continue
+        at = f"{where}.domains[{number}]"
+        if backend == "local":
+            for name in (name for name in ("name", "uid") if name not in entry):
+                problems.add(
+                    f"{at}.{name}", "is missing and has no default", f"for example {name} = {kinds[name].example}"
+                )
+            for name in (name for name in ("uuid", "label") if name in entry):
+                what = "is for the xen backend: no domain of the local one has a uuid or a label"
+                problems.add(f"{at}.{name}", what, "leave it out, and write name and uid")
+        elif "uid" in entry:
+            what = "is for the local backend: a Xen domain has no uid"
+            problems.add(f"{at}.uid", what, "leave it out, and write name (Xen's), uuid or label")
+        elif not {"name", "uuid", "label"} & set(entry):
+            remedy = 'write at least one of name, uuid and label, for example { name = "web-*" }'
+            problems.add(at, "names nobody", remedy)
+
+
 def _check_broker(broker: BrokerConfig, pools: list[PoolRules], problems: Problems) -> None:
+    if broker.backend == "xen":
+        for name, why in _LOCAL_KEYS.items():
+            if getattr(broker, name) != type(broker).__dataclass_fields__[name].default:
+                problems.add(f"broker.{name}", f"is for the local backend: {why}", "leave it out")
     if broker.socket == broker.status_socket:
         problems.add("broker.status_socket", "is the path of broker.socket too", "choose another path")
     for pool in pools:
@@ -190,13 +272,12 @@ def _warnings(policy: Policy) -> list[str]:
 
 
 def _never_matching(rules: tuple[DomainRule, ...]) -> list[str]:
-    # A rule is dead when, for each of its users and names, some earlier rule has taken everything.
+    # A rule is dead when everything that it lets in, some earlier rule has taken.
     found: list[str] = []
     for at, rule in enumerate(rules):
         takers: list[str] = []
-        for uid, name in ((uid, name) for uid in rule.uids for name in rule.names):
-            earlier = (other for other in rules[:at] if uid in other.uids)
-            taker = next((o.source for o in earlier if any(name_glob_covers(glob, name) for glob in o.names)), None)
+        for wanted in _single_rules(rule):
+            taker = next((earlier.source for earlier in rules[:at] if _covers(earlier, wanted)), None)
             if taker is None:
                 break
             takers.append(taker)
@@ -204,3 +285,25 @@ def _never_matching(rules: tuple[DomainRule, ...]) -> list[str]:
             by = ", ".join(dict.fromkeys(takers))
             found.append(f"{rule.source} can never match: {by} comes before it and takes all that it names")
     return found
+
+
+def _single_rules(rule: DomainRule) -> Iterator[DomainRule]:
+    # Rules with at most one entry in each list, which together let in what the rule does.
+    for names, uids, uuids, labels in product(
+        _singles(rule.names), _singles(rule.uids), _singles(rule.uuids), _singles(rule.labels)
+    ):
+        yield DomainRule(rule.pool, names, uids, rule.source, uuids, labels)
+
+
+def _singles(entries: tuple[_T, ...]) -> list[tuple[_T, ...]]:
+    return [(entry,) for entry in entries] or [()]
+
+
+def _covers(rule: DomainRule, single: DomainRule) -> bool:
+    # Whether the rule lets in all that a rule of _single_rules does: what it asks for, the other one asks for as well.
+    if rule.names and not (single.names and any(name_glob_covers(glob, single.names[0]) for glob in rule.names)):
+        return False
+    return all(
+        not mine or (theirs and theirs[0] in mine)
+        for mine, theirs in ((rule.uids, single.uids), (rule.uuids, single.uuids), (rule.labels, single.labels))
+    )

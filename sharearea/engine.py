@@ -18,8 +18,9 @@ from itertools import islice
 from typing import Any
 
 from .common import wire
-from .common.errors import ProtocolError, TableFull
-from .index import Content, PoolIndex
+from .common.errors import ProtocolError, TableFull, UsageError
+from .grants import GrantLedger, GrantLimits, gather, handles, pairs, slots_of, spread, stretches
+from .index import Content, Owner, PoolIndex
 from .model import (
     Action,
     Change,
@@ -28,12 +29,15 @@ from .model import (
     CommitFailed,
     Committed,
     Disconnect,
+    DomainGone,
     DomainId,
     Event,
     FileId,
     Fill,
     Filled,
     FillFailed,
+    GrantsFailed,
+    GrantsWritten,
     Identity,
     Log,
     Malformed,
@@ -46,12 +50,16 @@ from .model import (
     PoolOpened,
     PoolRecord,
     Received,
+    Revoke,
+    Revoked,
     Send,
     SendSegment,
     SlotNumber,
+    SlotsFreed,
     Tick,
     Verdict,
     WithdrawReason,
+    WriteGrants,
 )
 from .pagetable import PageTable
 from .policy import Policy, PoolRules, Refusal
@@ -59,6 +67,9 @@ from .policy import Policy, PoolRules, Refusal
 _PAGE = wire.PAGE_SIZE
 _FP = wire.FINGERPRINT_SIZE
 _SWEEP = 256  # contents looked at in one step of a background sweep
+_NOBODY = 0xFFFFFFFF
+NO_SLOT = 0xFFFFFFFF
+"""In PoolSetup.entries: a frame that is no slot."""
 _DRAIN = 64  # files of a domain that has left, forgotten in one step
 
 
@@ -76,12 +87,17 @@ class Settings:
     penalty: float = 300.0  # a domain that struck out is refused for as long
     fetches_per_peer: int = 4
     pending_pages: int = 262_144  # fingerprints that one domain may have under way (8 MiB)
+    pinned_retry: float = 5.0  # for grants that a domain still maps although it has released them
     thin_ratio: float = 0.25  # a segment with fewer slots in use than this is emptied
 
 
 @dataclass(frozen=True, slots=True)
 class PoolSetup:
-    """What the engine is given for one pool. `record` is what the store had, if every segment of it was adopted."""
+    """What the engine is given for one pool. `record` is what the store had, if every segment of it was adopted.
+
+    `grants` (`xen` backend): how many grants there may be; `entries`: those in force, as the area's table has them
+    (packed columns of equal length: references, domains, slots; a frame that is no slot is NO_SLOT).
+    """
 
     area: bytes
     epoch: bytes
@@ -89,6 +105,8 @@ class PoolSetup:
     slots_per_segment: int
     table: PageTable
     record: PoolRecord | None = None
+    grants: GrantLimits | None = None
+    entries: tuple[bytes, bytes, bytes] = (b"", b"", b"")
 
 
 @dataclass(slots=True, eq=False)
@@ -136,8 +154,18 @@ class _Peer:
     deferred: dict[FileId, _Report] = field(default_factory=dict)  # too much under way already, oldest first
     pending_pages: int = 0
     segments: set[int] = field(default_factory=set)
+    grantor: int | None = None  # the area's domain, once it was told
     stats: wire.AgentStats | None = None
     ignored: dict[Verdict, list[int]] = field(default_factory=dict)  # reason -> [files, bytes]
+
+
+@dataclass(slots=True, eq=False)
+class _Pinned:
+    """Grants of one Xen domain that it has released and still maps: references and slots, pairwise."""
+
+    refs: array[int]
+    slots: array[int]
+    retry_at: float
 
 
 @dataclass(slots=True, eq=False)
@@ -146,6 +174,11 @@ class _Pool:
     rules: PoolRules
     setup: PoolSetup
     index: PoolIndex
+    ledger: GrantLedger | None = None  # None: handles need no grants (`local`)
+    domids: dict[DomainId, int] = field(default_factory=dict)  # the Xen domain behind each name that owns or owned
+    pinned: dict[int, _Pinned] = field(default_factory=dict)  # by domid
+    detached: dict[DomainId, int] = field(default_factory=dict)  # by the operator -> domid at that time
+    reoffer: deque[tuple[PeerId, Content]] = field(default_factory=deque)
     peers: dict[DomainId, _Peer] = field(default_factory=dict)
     queue: deque[_Job] = field(default_factory=deque)
     coming: dict[bytes, deque[tuple[PeerId, FileId]]] = field(default_factory=dict)  # root -> who waits for its pages
@@ -202,6 +235,24 @@ class _Granting:
 
 
 @dataclass(frozen=True, slots=True)
+class _Writing:
+    """Entries are being written into the table of grants."""
+
+    granting: _Granting
+
+
+@dataclass(frozen=True, slots=True)
+class _Revoking:
+    """Entries are being taken out of the table of grants: references and slots, pairwise."""
+
+    pool: _Pool
+    domid: int
+    refs: array[int]
+    slots: array[int]
+    again: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class _Saving:
     """A commit: changes that have happened already, and what waits for it besides."""
 
@@ -209,7 +260,7 @@ class _Saving:
     then: _Publishing | _Granting | None = None
 
 
-_Waiting = _Filling | _Saving
+_Waiting = _Filling | _Saving | _Writing | _Revoking
 
 
 class Engine:
@@ -242,8 +293,9 @@ class Engine:
 
     def _make_pool(self, name: PoolId, setup: PoolSetup) -> _Pool:
         rules = self.policy.pools[name]
-        index = PoolIndex(name, setup.table, setup.slots_per_segment, rules.max_domains)
-        return _Pool(name, rules, setup, index)
+        on_xen = setup.grants is not None
+        index = PoolIndex(name, setup.table, setup.slots_per_segment, rules.max_domains, reuse=on_xen)
+        return _Pool(name, rules, setup, index, GrantLedger(setup.grants) if setup.grants is not None else None)
 
     # ------------------------------------------------------------------------------------------------ the way in
 
@@ -257,8 +309,29 @@ class Engine:
                 continue
             self._save(pool.index.restore(record))
             pool.settle_at = now + self.settings.grace
-            for domain, _ in record.owners:
+            for (domain, _), owner in record.owners.items():
                 pool.absent[domain] = now + self.settings.grace
+                pool.domids[domain] = owner.domid
+            if pool.ledger is not None:
+                self._reconcile_grants(pool, pool.ledger, record)
+        return self._finish()
+
+    def replace(self, name: PoolId, setup: PoolSetup, now: float) -> list[Action]:
+        """Start a pool anew: its area is gone (`xen`: destroyed under way). Its domains have to connect again.
+
+        What guests have mapped of the old area stays good until they let go; they do when they hear of the new one.
+        """
+        self._now = now
+        pool = self._pools[name]
+        for peer in list(pool.peers.values()):
+            self._send(peer.id, wire.Refused("area-lost", "the sharing area is gone; there is a new one", 200))
+            self._act(Disconnect(peer.id))
+            del self._peers[peer.id]
+            self._offers.pop(peer.id, None)
+        self._unsaved = [change for change in self._unsaved if change.pool != name]
+        self._unsaved.append(PoolOpened(name, setup.area, setup.slots_per_segment))
+        self._pools[name] = self._make_pool(name, setup)
+        self._log("area.lost", pool=name, domains=len(pool.peers), owners=len(pool.index.owners))
         return self._finish()
 
     def handle(self, event: Event, now: float) -> list[Action]:
@@ -281,6 +354,14 @@ class Engine:
                 self._on_committed(event.token)
             case CommitFailed():
                 self._on_commit_failed(event)
+            case GrantsWritten():
+                self._on_grants_written(event.token)
+            case GrantsFailed():
+                self._on_grants_failed(event)
+            case Revoked():
+                self._on_revoked(event)
+            case DomainGone():
+                self._on_domain_gone(event.domid)
             case Tick():
                 self._on_tick()
         return self._finish()
@@ -291,6 +372,7 @@ class Engine:
         return any(
             pool.offers
             or pool.remarks
+            or pool.reoffer
             or pool.reconsider
             or pool.index.leaving
             or (pool.offers_at != pool.index.changed and pool.quiet)
@@ -369,7 +451,7 @@ class Engine:
                 case wire.Attach():
                     self._on_attach(peer, peer.pool, array("I", message.ids))
                 case wire.Release():
-                    self._save(peer.pool.index.release(peer.domain, array("I", message.ids)))
+                    self._release(peer.pool, peer.domain, array("I", message.ids))
                     self._tally(peer.pool, "pages.released", peer.domain, files=len(message.ids) // 4)
                 case wire.AgentStats():
                     peer.stats = message
@@ -417,6 +499,8 @@ class Engine:
         peer.pool, peer.domain, peer.instance = pool, domain, hello.instance
         pool.peers[domain] = peer
         pool.absent.pop(domain, None)
+        if pool.detached.get(domain, peer.identity.domid) != peer.identity.domid:
+            del pool.detached[domain]  # saved and restored since: that is what it was detached for
         self._send(
             peer.id,
             wire.Welcome(
@@ -441,8 +525,14 @@ class Engine:
         """Make the owners in the index and the grants that the agent says it uses the same (I6)."""
         keep = set(held)
         mine = pool.index.owned_by(peer.domain)
-        same = {f for f in mine if pool.index.owners[peer.domain, f].instance == peer.instance} & keep
-        self._save(pool.index.release(peer.domain, [f for f in mine if f not in same]))
+        domid = peer.identity.domid
+        same = {
+            f
+            for f in mine
+            if (owner := pool.index.owners[peer.domain, f]).instance == peer.instance and owner.domid == domid
+        } & keep
+        self._release(pool, peer.domain, [f for f in mine if f not in same])
+        pool.domids[peer.domain] = domid
         self._withdraw(peer, sorted(keep - same), WithdrawReason.UNKNOWN_GRANT)
         # It was not there when the others were told.
         for segment in sorted(pool.emptying):
@@ -854,11 +944,14 @@ class Engine:
         if not isinstance(waiting, _Saving):
             return
         self._committing = False
+        for change in waiting.changes:
+            if isinstance(change, SlotsFreed) and change.pool in self._pools:
+                self._pools[change.pool].index.reusable(change.slots)
         match waiting.then:
             case _Publishing():
                 self._publish(waiting.then.filling, waiting.then.ok)
             case _Granting():
-                self._grant(waiting.then)
+                self._granted(waiting.then)
 
     def _on_commit_failed(self, event: CommitFailed) -> None:
         waiting = self._waiting.pop(event.token, None)
@@ -873,6 +966,10 @@ class Engine:
                 self._abandon(waiting.then.filling)
             case _Granting():
                 self._log("store.failed", detail=event.why, changes=len(waiting.then.owners))
+                ledger = waiting.then.pool.ledger
+                for owner in waiting.then.owners:
+                    if ledger is not None:
+                        ledger.give_back(owner.domid, owner.refs)
                 peer = self._peers.get(waiting.then.peer)
                 if peer is not None:
                     self._deny(peer, [(owner.file, Verdict.STORE_FULL) for owner in waiting.then.owners])
@@ -882,7 +979,8 @@ class Engine:
     def _publish(self, filling: _Filling, ok: bytes) -> None:
         pool, index = filling.pool, filling.pool.index
         slots = array("I", range(filling.first, filling.first + len(ok))).tobytes()
-        good_slots, _ = _split(slots, ok)
+        good_slots, bad_slots = _split(slots, ok)
+        index.reusable(bad_slots)
         good_ids, bad_ids = _split(filling.ids, ok)
         if filling.job is None:
             self._finish_move(filling, good_ids, good_slots)
@@ -923,17 +1021,27 @@ class Engine:
         holdings = pool.index.domains[peer.domain]
         denied: list[tuple[FileId, Verdict]] = []
         owners: dict[FileId, OwnerSet] = {}
+        # Before anything is taken for one of them.
+        if len(set(files)) < len(files):
+            raise ProtocolError("Attach: a file is there twice")
+        for file in files:
+            if (peer.domain, file) in pool.index.owners:
+                raise ProtocolError(f"file {file} is granted already; it must be released first")
         for file in files:
             if file not in holdings.files:
                 denied.append((file, Verdict.NOT_REPORTED))
-            elif (peer.domain, file) in pool.index.owners or file in owners:
-                raise ProtocolError(f"file {file} is granted already; it must be released first")
+            elif peer.domain in pool.detached:
+                denied.append((file, Verdict.DETACHED))
             else:
                 runs = pool.index.grantable(peer.domain, file)
-                if runs:
-                    owners[file] = pool.index.owner_change(peer.domain, file, peer.instance, runs)
-                else:
+                refs = self._references(peer, pool, runs)
+                if not runs:
                     denied.append((file, Verdict.NOTHING_SHARED))
+                elif refs is None:
+                    denied.append((file, Verdict.GRANT_BUDGET))
+                else:
+                    domid = peer.identity.domid
+                    owners[file] = OwnerSet(pool.name, peer.domain, peer.instance, file, runs, domid, refs)
         self._deny(peer, denied)
         if owners:
             granting = _Granting(peer.id, pool, tuple(owners.values()))
@@ -945,23 +1053,215 @@ class Engine:
                 peer.id, wire.Denied(array("I", [file for file, _ in denied]).tobytes(), bytes(v for _, v in denied))
             )
 
-    def _grant(self, granting: _Granting) -> None:
-        """The owners are in the store: the handles may go out."""
+    def _references(self, peer: _Peer, pool: _Pool, runs: bytes) -> bytes | None:
+        """Take grant references for runs (packed (first, count)); None: beyond the budget. Empty without grants."""
+        if pool.ledger is None or not runs:
+            return b""
+        domid, pages = peer.identity.domid, sum(array("I", runs)[2::3])
+        refs = pool.ledger.take(domid, pages)
+        if refs is None:
+            self._tally(pool, "grants.refused", peer.domain, files=1, pages=pages)
+        return refs
+
+    def _granted(self, granting: _Granting) -> None:
+        """The owners are in the store: the grants may be made."""
+        pool = granting.pool
+        for owner in granting.owners:
+            pool.index.own(owner)
+        if pool.ledger is None:
+            self._hand_out(granting)
+            return
+        slots, refs = array("I"), array("I")
+        for owner in granting.owners:
+            slots.extend(slots_of(owner.runs))
+            refs.extend(spread(owner.refs))
+        token = self._wait(_Writing(granting))
+        self._act(WriteGrants(token, pool.name, granting.owners[0].domid, slots.tobytes(), refs.tobytes()))
+
+    def _on_grants_written(self, token: int) -> None:
+        writing = self._waiting.pop(token, None)
+        if isinstance(writing, _Writing):
+            self._hand_out(writing.granting)
+
+    def _on_grants_failed(self, event: GrantsFailed) -> None:
+        """Nothing was written. The references stay taken: what is in their entries is not ours."""
+        writing = self._waiting.pop(event.token, None)
+        if not isinstance(writing, _Writing):
+            return
+        granting = writing.granting
+        pool, peer = granting.pool, self._peers.get(granting.peer)
+        self._log("grants.failed", pool=pool.name, detail=event.why, files=len(granting.owners))
+        for owner in granting.owners:
+            found = pool.index.disown(owner.domain, owner.file)
+            if found is not None:
+                self._save([found[1], *pool.index.unmap(slots_of(owner.runs))])
+        if peer is not None:
+            self._deny(peer, [(owner.file, Verdict.GRANT_BUDGET) for owner in granting.owners])
+
+    def _hand_out(self, granting: _Granting) -> None:
+        """Send the handles."""
         pool, pages = granting.pool, 0
         peer = self._peers.get(granting.peer)
-        for owner in granting.owners:
-            pool.index.own(owner.domain, owner.file, owner.instance, owner.runs)
-            if peer is None:
-                continue  # it left meanwhile; its grace time ends these grants
+        for owner in granting.owners if peer is not None else ():  # it may have left; its grace time ends these grants
+            assert peer is not None
             runs = array("I", owner.runs)
+            pages += sum(runs[2::3])
+            if pool.ledger is not None:
+                (grantor, _) = pool.index.segments[runs[1] // pool.index.slots_per_segment]
+                if peer.grantor != grantor:
+                    peer.grantor = grantor
+                    self._send(peer.id, wire.Grantor(grantor))
+                self._send(peer.id, wire.Granted(owner.file, handles(owner.runs, owner.refs)))
+                continue
             for segment in sorted({slot // pool.index.slots_per_segment for slot in runs[1::3]} - peer.segments):
                 self._act(SendSegment(peer.id, pool.name, segment))
                 peer.segments.add(segment)
             self._send(peer.id, wire.Granted(owner.file, owner.runs))
-            pages += sum(runs[2::3])
         pool.granted_total += pages
         if peer is not None:
             self._tally(pool, "pages.granted", peer.domain, files=len(granting.owners), pages=pages)
+
+    def _release(self, pool: _Pool, domain: DomainId, files: Iterable[FileId]) -> None:
+        """End a domain's ownership of these files; those not owned are passed over."""
+        if pool.ledger is None:
+            self._save(pool.index.release(domain, files))
+            return
+        gone: dict[int, list[Owner]] = {}
+        for file in files:
+            found = pool.index.disown(domain, file)
+            if found is not None:
+                gone.setdefault(found[0].domid, []).append(found[0])
+                self._save([found[1]])
+        for domid, owners in gone.items():
+            refs, slots = array("I"), array("I")
+            for owner in owners:
+                refs.extend(spread(owner.refs))
+                slots.extend(slots_of(owner.runs))
+            self._revoke(_Revoking(pool, domid, refs, slots))
+
+    def _revoke(self, revoking: _Revoking) -> None:
+        if revoking.refs:
+            self._act(Revoke(self._wait(revoking), revoking.pool.name, revoking.refs.tobytes()))
+
+    def _on_revoked(self, event: Revoked) -> None:
+        """Entries that nobody maps are free now, and so may be their slots; the others stay pinned (I4)."""
+        revoking = self._waiting.pop(event.token, None)
+        if not isinstance(revoking, _Revoking):
+            return
+        pool, domid = revoking.pool, revoking.domid
+        if pool.ledger is None or self._pools.get(pool.name) is not pool:
+            return
+        busy_refs, free_refs = _split(revoking.refs.tobytes(), event.busy)
+        busy_slots, free_slots = _split(revoking.slots.tobytes(), event.busy)
+        pool.ledger.give_back(domid, gather(array("I", free_refs)))
+        self._save(pool.index.unmap(_known(array("I", free_slots))))
+        if busy_refs:
+            if not revoking.again:
+                self._tally(pool, "grants.pinned", self._name_of(pool, domid), pages=len(busy_refs) // 4)
+            pinned = pool.pinned.setdefault(domid, _Pinned(array("I"), array("I"), 0.0))
+            pinned.refs.extend(array("I", busy_refs))
+            pinned.slots.extend(array("I", busy_slots))
+            pinned.retry_at = self._now + self.settings.pinned_retry
+
+    def _sweep_pinned(self, pool: _Pool) -> None:
+        for domid in [domid for domid, pinned in pool.pinned.items() if self._now >= pinned.retry_at]:
+            pinned = pool.pinned.pop(domid)
+            self._revoke(_Revoking(pool, domid, pinned.refs, pinned.slots, again=True))
+
+    @staticmethod
+    def _name_of(pool: _Pool, domid: int) -> DomainId:
+        return next((name for name, number in pool.domids.items() if number == domid), f"domid {domid}")
+
+    def _on_domain_gone(self, domid: int) -> None:
+        """Nobody can map anything under this number any more: its grants end at once."""
+        for peer in [peer for peer in self._peers.values() if peer.identity.domid == domid]:
+            if peer.identity.backend == "xen":
+                self._act(Disconnect(peer.id))
+                self._on_closed(peer.id, "the domain is gone")
+        for pool in self._pools.values():
+            for domain in [name for name, number in pool.domids.items() if number == domid]:
+                del pool.domids[domain]
+                pool.detached.pop(domain, None)
+                if domain not in pool.peers:
+                    pool.absent[domain] = self._now
+            if domid in pool.pinned:
+                pool.pinned[domid].retry_at = self._now
+
+    def _reconcile_grants(self, pool: _Pool, ledger: GrantLedger, record: PoolRecord) -> None:
+        """Make the entries in the area's table and the owners in the store the same (I6).
+
+        An owner one of whose entries is not there was never handed out: the broker died before. An entry that no
+        owner has is one that was to be revoked: it goes now, or stays pinned.
+        """
+        refs, domids, slots = (array("I", column) for column in pool.setup.entries)
+        size = max(refs, default=-1) + 1
+        domid_at, slot_at = array("I", [_NOBODY]) * size, array("I", [NO_SLOT]) * size
+        at = 0
+        for first, count in stretches(refs):
+            domid_at[first : first + count] = domids[at : at + count]
+            slot_at[first : first + count] = slots[at : at + count]
+            at += count
+        lost = 0
+        for domain, file in record.owners:
+            owner = pool.index.owners[domain, file]
+            expected, seen = slots_of(owner.runs), array("I")
+            whose = True
+            for first, count in pairs(owner.refs):
+                seen.extend(slot_at[first : first + count])
+                whose = whose and domid_at[first : first + count] == array("I", [owner.domid]) * count
+            if whose and seen == expected:
+                ledger.claim(owner.domid, owner.refs)
+                for first, count in pairs(owner.refs):
+                    domid_at[first : first + count] = array("I", [_NOBODY]) * count
+            else:
+                found = pool.index.disown(domain, file)
+                lost += 1
+                if found is not None:
+                    self._save([found[1], *pool.index.unmap(expected)])
+        left: dict[int, tuple[array[int], array[int]]] = {}
+        for ref in refs:
+            if domid_at[ref] != _NOBODY:
+                mine = left.setdefault(domid_at[ref], (array("I"), array("I")))
+                mine[0].append(ref)
+                mine[1].append(slot_at[ref])
+        for domid, (orphans, frames) in left.items():
+            ledger.claim(domid, gather(orphans))
+            known = _known(frames)
+            for first, count in stretches(known):
+                pool.index.free.remove(first, count)
+            try:
+                pool.index.map(known)
+            except ValueError:  # a slot that no record has: it is taken for good, and nothing is counted
+                frames = array("I", [NO_SLOT]) * len(frames)
+            self._revoke(_Revoking(pool, domid, orphans, frames))
+        if lost or left:
+            orphaned = sum(len(mine[0]) for mine in left.values())
+            self._log("grants.reconciled", pool=pool.name, owners_dropped=lost, entries_without_owner=orphaned)
+
+    def detach(self, name: PoolId, domain: DomainId, on: bool, now: float) -> list[Action]:
+        """Bring a domain's consumers back to their plain files, before it is saved or migrated; or end that.
+
+        It ends by itself when the domain comes back as another Xen domain. Raises UsageError for a domain that the
+        pool does not know.
+        """
+        self._now = now
+        pool = self._pools.get(name)
+        if pool is None:
+            raise UsageError(f"there is no pool {name}", "see `sharearea pools`")
+        peer = pool.peers.get(domain)
+        if peer is None and domain not in pool.domids and domain not in pool.absent:
+            raise UsageError(f"pool {name} has no domain {domain}", "see `sharearea domains`")
+        if on:
+            self._log("domain.detached", pool=name, domain=domain)
+            pool.detached[domain] = peer.identity.domid if peer is not None else pool.domids.get(domain, 0)
+            if peer is not None:
+                self._withdraw(peer, pool.index.owned_by(domain), WithdrawReason.OPERATOR)
+        elif pool.detached.pop(domain, None) is not None:
+            self._log("domain.reattached", pool=name, domain=domain)
+            if peer is not None:
+                files = pool.index.domains[domain].files.values()
+                pool.reoffer.extend((peer.id, content) for content in {file.content: None for file in files})
+        return self._finish()
 
     def _withdraw(self, peer: _Peer, files: list[FileId], reason: WithdrawReason) -> None:
         for at in range(0, len(files), wire.MAX_IDS):
@@ -977,6 +1277,8 @@ class Engine:
             self._check_peer(peer)
         for pool in self._pools.values():
             self._check_absent(pool)
+            self._sweep_pinned(pool)
+            self._sweep_reoffers(pool)
             self._sweep_remarks(pool)
             self._sweep_retries(pool)
             self._sweep_offers(pool)
@@ -1018,7 +1320,7 @@ class Engine:
             self._drain(pool, domain)
         for domain in [d for d, until in pool.absent.items() if self._now >= until]:
             files = pool.index.owned_by(domain)
-            self._save(pool.index.release(domain, files[:_SWEEP]))
+            self._release(pool, domain, files[:_SWEEP])
             if len(files) <= _SWEEP:
                 del pool.absent[domain]
             if files:
@@ -1028,6 +1330,14 @@ class Engine:
             self._save(pool.index.settle())
         for domain in [d for d, until in pool.barred.items() if self._now >= until]:
             del pool.barred[domain]
+
+    def _sweep_reoffers(self, pool: _Pool) -> None:
+        """Offer again what a domain was told before it was detached."""
+        for _ in range(min(_SWEEP, len(pool.reoffer))):
+            peer_id, content = pool.reoffer.popleft()
+            peer = self._peers.get(peer_id)
+            if peer is not None:
+                self._offer(pool, content, only=peer)
 
     def _sweep_remarks(self, pool: _Pool) -> None:
         """Put back marks that `drop` took off pages which the domain still holds through another file."""
@@ -1090,6 +1400,7 @@ class Engine:
             elif not slots:
                 if segment not in pool.emptying:
                     pool.emptying.add(segment)
+                    index.empty(segment)
                     for domain, files in index.owners_in(segment).items():
                         peer = pool.peers.get(domain)
                         if peer is not None:
@@ -1101,6 +1412,7 @@ class Engine:
 
     def _move(self, pool: _Pool, segment: int, slots: bytes, ids: bytes) -> None:
         pool.moving = segment
+        pool.index.empty(segment)
         slots, ids = slots[: wire.MAX_FETCH_PAGES * 4], ids[: wire.MAX_FETCH_PAGES * 4]
         want = pool.index.hold(ids)
         first = pool.index.allocate(len(ids) // 4)
@@ -1143,6 +1455,11 @@ def _split(column: bytes, flags: bytes) -> tuple[bytes, bytes]:
     chosen = array("I", [v for v, flag in zip(values, flags, strict=True) if flag == 1])
     others = array("I", [v for v, flag in zip(values, flags, strict=True) if flag != 1])
     return chosen.tobytes(), others.tobytes()
+
+
+def _known(slots: array[int]) -> array[int]:
+    """Leave out what is no slot."""
+    return array("I", [slot for slot in slots if slot != NO_SLOT]) if slots.count(NO_SLOT) else slots
 
 
 def _page_runs(content: Content, positions: bytes) -> bytes:

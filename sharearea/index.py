@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from .common import wire
+from .grants import Ranges, stretches
 from .model import (
     Change,
     DomainId,
@@ -82,10 +83,12 @@ class Holdings:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Grants in force: one file of one domain."""
+    """Grants in force: one file of one domain. `domid` and `refs` as in OwnerSet, for the `xen` backend."""
 
     instance: bytes
     runs: bytes
+    domid: int = 0
+    refs: bytes = b""
 
     @property
     def page_count(self) -> int:
@@ -94,9 +97,11 @@ class Owner:
 
 
 class PoolIndex:
-    """The index of one pool."""
+    """The index of one pool. `reuse`: whether a slot that nobody can reach any more may take another page."""
 
-    def __init__(self, pool: PoolId, table: PageTable, slots_per_segment: int, max_domains: int) -> None:
+    def __init__(
+        self, pool: PoolId, table: PageTable, slots_per_segment: int, max_domains: int, *, reuse: bool = False
+    ) -> None:
         self.pool = pool
         self.table = table
         self.slots_per_segment = slots_per_segment
@@ -106,6 +111,9 @@ class PoolIndex:
         self.owners: dict[tuple[DomainId, FileId], Owner] = {}
         self.segments: dict[int, tuple[int, int]] = {}
         self.next_slot: SlotNumber = 0
+        self.reuse = reuse
+        self.free = Ranges()  # slots that may be filled again, in segments that stay
+        self.emptying: set[int] = set()  # segments that take no more pages
         self.changed = 0  # grows whenever slots are published or freed
         self.leaving: dict[DomainId, None] = {}
         self._owned: dict[DomainId, dict[FileId, None]] = {}  # the keys of `owners`, by domain
@@ -220,18 +228,61 @@ class PoolIndex:
         return array("I", [ids[i] for i in at]).tobytes()
 
     def allocate(self, count: int) -> SlotNumber:
-        """Return the first of `count` fresh, neighbouring slots of one segment. What does not fit is skipped unused."""
+        """Return the first of `count` neighbouring slots of one segment that nothing is in.
+
+        Without `reuse` they are fresh, and what does not fit into a segment is skipped and stays unused.
+        """
         if not 0 < count <= self.slots_per_segment:
             raise ValueError(f"{count} slots do not fit into a segment")
+        if self.reuse:
+            taken = self._take_stretch(count)
+            if taken is not None:
+                return taken
         room = self.slots_per_segment - self.next_slot % self.slots_per_segment
         first = self.next_slot if count <= room else self.next_slot + room
+        if self.reuse and first > self.next_slot:
+            self._add_free(self.next_slot, first - self.next_slot)
         self.next_slot = first + count
         return first
 
+    def _take_stretch(self, count: int) -> SlotNumber | None:
+        """Take the lowest free slots that follow one another inside one segment."""
+        for start, length in self.free:
+            first = start
+            while first + count <= start + length:
+                end = (first // self.slots_per_segment + 1) * self.slots_per_segment
+                if first + count <= end:
+                    self.free.remove(first, count)
+                    return first
+                first = end
+        return None
+
+    def _add_free(self, first: SlotNumber, count: int) -> None:
+        end = first + count
+        while first < end:
+            segment = first // self.slots_per_segment
+            part = min(end, (segment + 1) * self.slots_per_segment) - first
+            if segment in self.segments and segment not in self.emptying:
+                self.free.add(first, part)
+            first += part
+
     def retract(self, first: SlotNumber, count: int) -> None:
-        """Give back an allocation that was not used, if it is still the last one."""
+        """Give back an allocation that was not used: without `reuse` only if it is still the last one."""
         if self.next_slot == first + count:
             self.next_slot = first
+        elif self.reuse:
+            self._add_free(first, count)
+
+    def reusable(self, slots: bytes) -> None:
+        """Take note that the store knows: nothing is in these slots (packed) any more."""
+        if self.reuse:
+            for first, count in stretches(array("I", slots)):
+                self._add_free(first, count)
+
+    def empty(self, segment: int) -> None:
+        """Put no more pages into a segment."""
+        self.emptying.add(segment)
+        self.free.remove(segment * self.slots_per_segment, self.slots_per_segment)
 
     def publish(self, ids: bytes, slots: bytes) -> list[Change]:
         """Put pages into slots whose bytes are checked and whose record is in the store."""
@@ -264,16 +315,12 @@ class PoolIndex:
         content = self.domains[domain].files[file].content
         return self.table.runs(content.ids, content.pages, self.slots_per_segment)[: wire.MAX_GRANT_RUNS * _RUN]
 
-    def owner_change(self, domain: DomainId, file: FileId, instance: bytes, runs: bytes) -> OwnerSet:
-        """Return the record that must be in the store before `own`."""
-        return OwnerSet(self.pool, domain, instance, file, runs)
-
-    def own(self, domain: DomainId, file: FileId, instance: bytes, runs: bytes) -> None:
-        """Make the domain owner of these slots for one file that it owns nothing of yet."""
-        if (domain, file) in self.owners:
-            raise ValueError(f"{domain} owns file {file} already")
-        self.table.map(runs)
-        self._add_owner(domain, file, Owner(instance, runs))
+    def own(self, change: OwnerSet) -> None:
+        """Make a domain owner of slots for one file that it owns nothing of yet. The store has the change already."""
+        if (change.domain, change.file) in self.owners:
+            raise ValueError(f"{change.domain} owns file {change.file} already")
+        self.table.map(change.runs)
+        self._add_owner(change.domain, change.file, Owner(change.instance, change.runs, change.domid, change.refs))
 
     def _add_owner(self, domain: DomainId, file: FileId, owner: Owner) -> None:
         self.owners[domain, file] = owner
@@ -290,6 +337,22 @@ class PoolIndex:
                 freed += self.table.unmap(owner.runs)
                 changes.append(OwnerCleared(self.pool, domain, file))
         return changes + self._freed(bytes(freed))
+
+    def disown(self, domain: DomainId, file: FileId) -> tuple[Owner, Change] | None:
+        """End an ownership whose slots stay mapped, for now, by grants in force; `unmap` ends that. None: no owner."""
+        owner = self.owners.pop((domain, file), None)
+        if owner is None:
+            return None
+        del self._owned[domain][file]
+        return owner, OwnerCleared(self.pool, domain, file)
+
+    def unmap(self, slots: array[int]) -> list[Change]:
+        """Take one mapping off each of these slots."""
+        return self._freed(self.table.unmap(_single(slots)))
+
+    def map(self, slots: array[int]) -> None:
+        """Count one mapping more of each of these slots: a grant that no owner has."""
+        self.table.map(_single(slots))
 
     def owned_by(self, domain: DomainId) -> list[FileId]:
         """Return the files that a domain has grants for."""
@@ -308,6 +371,8 @@ class PoolIndex:
     def close_segment(self, segment: int) -> Change:
         """Forget a segment that has neither live nor mapped slots."""
         del self.segments[segment]
+        self.emptying.discard(segment)
+        self.free.remove(segment * self.slots_per_segment, self.slots_per_segment)
         return SegmentClosed(self.pool, segment)
 
     def owners_in(self, segment: int) -> dict[DomainId, list[FileId]]:
@@ -325,19 +390,24 @@ class PoolIndex:
         """Start from what the store had, with every segment adopted. New slots come from a new segment.
 
         Restored pages are kept by a reference of their own until `settle`, so that they outlive the time in which the
-        agents report again. A page that a crash left in two slots stays in the later one.
+        agents report again. A page that a crash left in two slots stays in the later one. With `reuse`, slots that
+        no record has may be filled: the caller takes out (`free.remove`) what grants without an owner still reach.
         """
         self.segments.update(record.segments)
+        if self.reuse:
+            for segment in sorted(record.segments):
+                self._add_free(segment * self.slots_per_segment, self.slots_per_segment)
         kept, left = bytearray(), bytearray()
         for first, fingerprints in sorted(record.slots.items()):
             for start, count in _used_stretches(fingerprints):
+                self.free.remove(first + start, count)
                 ids = self.table.intern(fingerprints[start * 32 : (start + count) * 32])
                 left += self.table.publish(ids, array("I", range(first + start, first + start + count)).tobytes())
                 kept += ids
         mapped: set[SlotNumber] = set()
         for key, owner in record.owners.items():
             self.table.map(owner.runs)
-            self._add_owner(*key, Owner(owner.instance, owner.runs))
+            self._add_owner(*key, Owner(owner.instance, owner.runs, owner.domid, owner.refs))
             if left:
                 runs = array("I", owner.runs)
                 mapped.update(
@@ -361,6 +431,14 @@ class PoolIndex:
             return []
         self.changed += 1
         return [SlotsFreed(self.pool, slots)]
+
+
+def _single(slots: array[int]) -> bytes:
+    """Return slots as runs of one page each; the page number is of no account."""
+    runs = array("I", bytes(_RUN * len(slots)))
+    runs[1::3] = slots
+    runs[2::3] = array("I", [1]) * len(slots)
+    return runs.tobytes()
 
 
 def _used_stretches(fingerprints: bytes) -> Iterator[tuple[int, int]]:

@@ -49,7 +49,9 @@ class PoolOpened:
 
 @dataclass(frozen=True, slots=True)
 class SegmentOpened:
-    """A segment joined the area; dev and ino name its memfd for as long as the host runs."""
+    """A segment joined the area. What names it for as long as the host runs: on `local` dev and ino of its memfd, on
+    `xen` the area domain and the segment's first frame number in it.
+    """
 
     pool: PoolId
     segment: int
@@ -91,6 +93,8 @@ class OwnerSet:
     instance: bytes  # 16 bytes: of the agent that counts file numbers
     file: FileId
     runs: bytes  # packed (page, slot, count)
+    domid: int = 0  # `xen`: whom the grants are made for
+    refs: bytes = b""  # `xen`: packed (first, count), the grant reference of every page of `runs`, in their order
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +191,55 @@ class CommitFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class GrantsWritten:
+    """Outcome of WriteGrants: every entry is in force."""
+
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class GrantsFailed:
+    """Outcome of WriteGrants: none of its entries was written."""
+
+    token: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    """Outcome of Revoke: `busy` has one byte per reference, 1 where the domain still maps the page."""
+
+    token: int
+    busy: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DomainGone:
+    """A Xen domain is no more: destroyed, or saved or migrated away. Its number names nobody."""
+
+    domid: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
 
-Event = PeerConnected | PeerClosed | Received | Malformed | Filled | FillFailed | Committed | CommitFailed | Tick
+Event = (
+    PeerConnected
+    | PeerClosed
+    | Received
+    | Malformed
+    | Filled
+    | FillFailed
+    | Committed
+    | CommitFailed
+    | GrantsWritten
+    | GrantsFailed
+    | Revoked
+    | DomainGone
+    | Tick
+)
 
 
 # ------------------------------------------------------------------------------------------- actions of the engine
@@ -252,6 +300,26 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True)
+class WriteGrants:
+    """Grant the pages in these slots to a domain, read-only (packed columns of equal length: slots, references)."""
+
+    token: int
+    pool: PoolId
+    domid: int
+    slots: bytes
+    refs: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Revoke:
+    """End the grants with these references (packed), those that nobody maps. The outcome is Revoked."""
+
+    token: int
+    pool: PoolId
+    refs: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class CloseSegment:
     """Give a segment's memory back to the host."""
 
@@ -267,4 +335,4 @@ class Log:
     fields: dict[str, object]
 
 
-Action = Send | SendSegment | Disconnect | Fill | Move | Commit | CloseSegment | Log
+Action = Send | SendSegment | Disconnect | Fill | Move | Commit | WriteGrants | Revoke | CloseSegment | Log

@@ -32,6 +32,9 @@ MAX_REFERENCES = (1 << 30) - 1
 MAX_MAPPINGS = 0xFFFFFFFE
 """Most mappings that one slot can have."""
 
+SHARE_PAGE = 1 << 24
+"""What a page costs when nobody else maps its slot, in the unit of `share`. SA_SHARE_PAGE of native/api.h."""
+
 _FP_SIZE = 32
 _SIZE_LIMIT = 1 << 64
 
@@ -183,6 +186,15 @@ class PageTable(Protocol):
         """Count one mapping less of every slot in the runs, and return the slots that this freed, in that order.
 
         ValueError if a slot has too few mappings.
+        """
+        ...
+
+    def share(self, runs: bytes) -> int:
+        """Return what one mapping of every slot in the runs pays: SHARE_PAGE // mappings for each slot, added up.
+
+        Where a slot is mapped n times, each of the n pays the same, a domain that maps it through two files twice as
+        much: it had two copies. Over all runs that are mapped, each slot is paid once (less than a SHARE_PAGE-th for
+        each mapping is lost). ValueError for a slot that never was in use, or that has no mapping.
         """
         ...
 
@@ -397,6 +409,14 @@ class ReferencePageTable:
                 if slot not in self._page_in:
                     freed.append(slot)
         return _pack(freed)
+
+    def share(self, runs: bytes) -> int:
+        """Return what a mapping of every slot in the runs pays."""
+        self._check_open()
+        slots = _slots_of(runs, self._ever_used)
+        if any(self._mappings[slot] == 0 for slot in slots):
+            raise ValueError("a slot has no mapping")
+        return sum(SHARE_PAGE // self._mappings[slot] for slot in slots)
 
     def live(self, first: int, n: int) -> tuple[bytes, bytes, int]:
         """Return the used slots of a range, their pages, and the range's mappings."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Literal
 
 from .common.globs import (
     MAX_NAME,
@@ -20,17 +20,22 @@ from .common.globs import (
     PathFilter,
     compile_name_globs,
     is_name,
+    is_uuid,
 )
-from .common.units import GIB, KIB, TIB, size_text
+from .common.units import GIB, KIB, MIB, TIB, size_text
 from .common.wire import MAX_FILE_PAGES, MAX_GLOBS, PAGE_SIZE
-from .model import Identity, PoolId, Verdict
+from .model import DomainId, Identity, PoolId, Verdict
 
 MAX_FILE_SIZE: Final = MAX_FILE_PAGES * PAGE_SIZE
 MAX_DOMAINS: Final = 1024  # of a pool: bounds the memory that the table keeps per page for holders
 MAX_FILES: Final = 10_000_000  # of a domain
 MAX_PAGES: Final = (1 << 32) - 2  # page ids are uint32, and one of them means "none"
 MAX_UID: Final = (1 << 32) - 2  # (uid_t)-1 means "no user"
+MAX_GRANTS: Final = 65_536 * 512  # entries of the largest grant table that Xen 4.17 was seen to make
 _LARGEST: Final = 1024 * TIB  # beyond every host of today; keeps sums within 64 bits
+
+Backend = Literal["local", "xen"]
+Reclaim = Literal["off", "balloon"]
 
 DEFAULT_INCLUDE: Final = ("**",)
 
@@ -82,12 +87,19 @@ class RulesError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class DomainRule:
-    """Let domains into a pool: the declared name matches one of the globs, and the transport says one of the uids."""
+    """Let domains into a pool. What is empty asks nothing; of what is given, all has to fit.
+
+    On `local`: the declared name matches one of the globs `names`, and the transport says one of `uids`; both are
+    needed. On `xen`: Xen's name matches one of `names`, the uuid is one of `uuids`, the label one of `labels`; one of
+    the three is needed, and a uid is a fault.
+    """
 
     pool: PoolId
     names: tuple[str, ...]
     uids: tuple[int, ...]
     source: str  # where it was written, as `pools.office.domains[0]`
+    uuids: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +107,12 @@ class PoolRules:
     """What one pool takes: files by path and size, and how much of everything.
 
     `exclude` goes before `include`. Bounds named max_files, max_bytes are per domain, the others per pool; max_bytes is
-    the size of the reported files, max_pages the distinct pages that the fingerprint table holds. Raises RulesError.
+    the size of the reported files, max_pages the distinct pages that the fingerprint table holds.
+
+    The last five are the xen backend's. `reclaim`: what happens to memory that domains gave up; `reclaim_floor`: no
+    domain's target goes below it; `reclaim_headroom`: what a domain's MemAvailable must stay above; max_grants: entries
+    of the area's grant table, max_grants_per_domain: of these, for one domain; 0 leaves either to `grant_limits`.
+    Raises RulesError.
     """
 
     name: PoolId
@@ -109,6 +126,13 @@ class PoolRules:
     max_domains: int = 64
     max_area_bytes: int = 4 * GIB
     max_pages: int = 8 << 20
+    reclaim: Reclaim = "off"
+    # The least that Debian's installation guide (release 11, table 3.2) names for a system without a desktop.
+    reclaim_floor: int = 256 * MIB
+    # What a guest can use up between two reports of its agent (10 s) and the answer of its balloon (2 s), at 10 MiB/s.
+    reclaim_headroom: int = 128 * MIB
+    max_grants: int = 0
+    max_grants_per_domain: int = 0
     filter: PathFilter = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -124,9 +148,17 @@ class PoolRules:
                 ("max_domains", 1, MAX_DOMAINS),
                 ("max_area_bytes", 1, _LARGEST),
                 ("max_pages", 1, MAX_PAGES),
+                ("reclaim_floor", 1, _LARGEST),
+                ("reclaim_headroom", 1, _LARGEST),
+                ("max_grants", 0, MAX_GRANTS),
+                ("max_grants_per_domain", 0, MAX_GRANTS),
             )
             if not low <= getattr(self, key) <= high
         ]
+        if self.reclaim not in ("off", "balloon"):
+            faults.append(("reclaim", 'must be "off" or "balloon"'))
+        if self.max_grants and self.max_grants_per_domain > self.max_grants:
+            faults.append(("max_grants_per_domain", f"is larger than max_grants = {self.max_grants}"))
         if not is_name(self.name):
             faults.append(("", f"a pool's name has 1 to {MAX_NAME} characters ({NAME_CHARACTERS})"))
         if self.min_file_bytes > self.max_file_bytes:
@@ -148,54 +180,83 @@ class PoolRules:
         if faults:
             raise RulesError(tuple(faults))
 
+    def grant_limits(self, entries: int) -> tuple[int, int]:
+        """Return how many grants the pool, and one domain of it, may have in a table of at most `entries` of them.
+
+        Left to us, a domain gets half: enough for two clones to share all that the table can carry, and what one
+        domain pins for ever leaves the others a table to share with.
+        """
+        pool = min(self.max_grants or entries, entries)
+        return pool, min(self.max_grants_per_domain or (pool + 1) // 2, pool)
+
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """The domain may join this pool; `rule` let it in."""
+    """The domain may join this pool, and is called `domain` there; `rule` let it in."""
 
     pool: PoolId
     rule: DomainRule
+    domain: DomainId
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """The domain may not share. `reason` is a stable code, `text` says what was missing and what to write where.
 
-    Codes: disabled, unknown-backend, bad-name, no-matching-rule, no-pool, policy-error. The text goes to the peer and
-    names no rule but one that has the peer's own name in it.
+    Codes: disabled, unknown-backend, bad-name, no-guest, no-matching-rule, no-pool, policy-error. The text goes to the
+    peer and names no rule but one that has the peer's own name or uuid in it.
     """
 
     reason: str
     text: str
 
 
+_NO_POOL: Final = Refusal("no-pool", "no pool is configured: write [pools.NAME] with a domains list in broker.toml")
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A rule, ready to be asked."""
+
+    rule: DomainRule
+    has_name: Callable[[str], bool] | None  # None: the rule asks for no name
+    uids: frozenset[int]
+    uuids: frozenset[str]
+    labels: frozenset[str]
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """All rules of a broker. Without a rule that says otherwise, nobody joins and nothing is shared.
 
-    `domains` is in the order of the configuration: the first rule that has both the name and the uid decides. Copies
-    `pools`. One object may be used by one thread at a time (judge remembers folders). Raises RulesError.
+    `domains` is in the order of the configuration: the first rule that fits decides. Rules are read as `backend` has
+    them (see DomainRule), and a peer of another backend fits none. Copies `pools`. One object may be used by one thread
+    at a time (judge remembers folders). Raises RulesError.
     """
 
     pools: Mapping[PoolId, PoolRules]
     domains: tuple[DomainRule, ...]
     enabled: bool = True
-    _rules: tuple[tuple[Callable[[str], bool], frozenset[int], DomainRule], ...] = field(
-        init=False, repr=False, compare=False
-    )
+    backend: Backend = "local"
+    _rules: tuple[_Compiled, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         faults = [
             (name, f"holds the rules of {rules.name}") for name, rules in self.pools.items() if rules.name != name
         ]
-        compiled: list[tuple[Callable[[str], bool], frozenset[int], DomainRule]] = []
+        compiled: list[_Compiled] = []
         for rule in self.domains:
-            if not rule.names or not rule.uids:
-                faults.append((rule.source, "needs a name and a uid: without one of them it would match nothing"))
-            if any(type(uid) is not int or not 0 <= uid <= MAX_UID for uid in rule.uids):
-                faults.append((rule.source, f"has a uid that is not a number from 0 to {MAX_UID}"))
+            faults += [(rule.source, what) for what in _faults_of(rule, self.backend)]
             try:
-                compiled.append((compile_name_globs(rule.names), frozenset(rule.uids), rule))
+                compiled.append(
+                    _Compiled(
+                        rule,
+                        compile_name_globs(rule.names) if rule.names else None,
+                        frozenset(rule.uids),
+                        frozenset(rule.uuids),
+                        frozenset(rule.labels),
+                    )
+                )
             except GlobError as error:
                 faults.append((rule.source, f"{error}; {error.remedy}"))
         if faults:
@@ -204,7 +265,11 @@ class Policy:
         object.__setattr__(self, "_rules", tuple(compiled))
 
     def admit(self, identity: Identity, name: str) -> Admission | Refusal:
-        """Say whether the peer that calls itself `name` may join, and which pool. Never raises: failing is denying."""
+        """Say whether the peer that calls itself `name` may join, which pool, and as whom.
+
+        On `local` it joins under `name`. On `xen` what it calls itself means nothing: it is known by what dom0 wrote,
+        as domain_name() says. Never raises: failing is denying.
+        """
         try:
             return self._admit(identity, name)
         except Exception as error:
@@ -214,25 +279,27 @@ class Policy:
     def _admit(self, identity: Identity, name: str) -> Admission | Refusal:
         if not self.enabled:
             return Refusal("disabled", "sharing is switched off: write enabled = true under [broker] in broker.toml")
-        if identity.backend != "local":
+        if identity.backend != self.backend:
             return Refusal("unknown-backend", f"no rule speaks of domains of the {identity.backend} backend")
+        if self.backend == "xen":
+            return self._admit_xen(identity)
+        return self._admit_local(identity, name)
+
+    def _admit_local(self, identity: Identity, name: str) -> Admission | Refusal:
         if type(name) is not str or not is_name(name):
             text = f"{name!a:.70} is no name for a domain: 1 to {MAX_NAME} characters ({NAME_CHARACTERS}); "
             return Refusal("bad-name", text + "change name under [agent] in agent.toml")
         if not self.pools:
-            return Refusal("no-pool", "no pool is configured: write [pools.NAME] with a domains list in broker.toml")
+            return _NO_POOL
         uid = identity.uid
         if type(uid) is not int:
             raise TypeError("uid")
         near: DomainRule | None = None
-        for matches, uids, rule in self._rules:
-            if matches(name):
-                if uid in uids:
-                    if rule.pool not in self.pools:
-                        missing = f"{rule.source} names the pool {rule.pool}, which is not configured"
-                        return Refusal("no-pool", f"{missing}: write [pools.{rule.pool}] in broker.toml")
-                    return Admission(rule.pool, rule)
-                near = near or rule
+        for known in self._rules:
+            if known.has_name is not None and known.has_name(name):
+                if uid in known.uids:
+                    return self._join(known.rule, name)
+                near = near or known.rule
         pool = "NAME" if near is None else near.pool
         other = "" if near is None else f" ({near.source} has the name, for another uid)"
         return Refusal(
@@ -240,6 +307,45 @@ class Policy:
             f'no rule admits the name "{name}" of uid {uid}{other}: '
             f'add {{ name = "{name}", uid = {uid} }} to domains under [pools.{pool}] in broker.toml',
         )
+
+    def _admit_xen(self, identity: Identity) -> Admission | Refusal:
+        if type(identity.domid) is not int:
+            raise TypeError("domid")
+        if identity.domid < 1:
+            return Refusal("no-guest", f"domain {identity.domid} is no guest: only guests share; stop the agent there")
+        domain = domain_name(identity)
+        if not domain:
+            return Refusal(
+                "bad-name",
+                f"domain {identity.domid} has neither a name of 1 to {MAX_NAME} characters ({NAME_CHARACTERS}) nor a "
+                "uuid in xenstore: create it with xl, or name it with xl rename",
+            )
+        if not self.pools:
+            return _NO_POOL
+        near, lacking = None, ""
+        for known in self._rules:
+            wrong = _misfits(known, identity)
+            if not wrong:
+                return self._join(known.rule, domain)
+            # What the text may name: a rule that has this very domain's name or uuid, and lacks something else.
+            if near is None and ((known.has_name and "name" not in wrong) or (known.uuids and "uuid" not in wrong)):
+                near, lacking = known.rule, " and ".join(wrong)
+        entry = f'name = "{identity.name}"' if is_name(identity.name) else f'uuid = "{identity.uuid}"'
+        pool = "NAME" if near is None else near.pool
+        other = "" if near is None else f" ({near.source} names it, with another {lacking})"
+        return Refusal(
+            "no-matching-rule",
+            f'no rule admits the Xen domain "{domain}", domid {identity.domid}, '
+            f"{f'label {identity.label!a:.70}' if identity.label else 'without a label'}{other}: "
+            f"add {{ {entry} }} to domains under [pools.{pool}] in broker.toml, or give the domain the label of a rule "
+            f"there, in dom0: xenstore-write /local/domain/{identity.domid}/sharearea-label LABEL",
+        )
+
+    def _join(self, rule: DomainRule, domain: DomainId) -> Admission | Refusal:
+        if rule.pool not in self.pools:
+            missing = f"{rule.source} names the pool {rule.pool}, which is not configured"
+            return Refusal("no-pool", f"{missing}: write [pools.{rule.pool}] in broker.toml")
+        return Admission(rule.pool, rule, domain)
 
     def judge(self, pool: PoolId, path: bytes, size: int) -> tuple[Verdict | None, str]:
         """Say whether a file may share: None if so, else the verdict and the rule behind it. Never raises.
@@ -262,3 +368,46 @@ class Policy:
             return Verdict.EXCLUDED, "built in: the path is not absolute and normal"
         except Exception as error:
             return Verdict.EXCLUDED, f"built in: {type(error).__name__} while deciding is a denial"
+
+
+def domain_name(identity: Identity) -> DomainId:
+    """Return the name under which a Xen domain is known in its pool; empty if dom0 gave it nothing to be known by.
+
+    Xen's own name where it can be one of ours, else "uuid-" and the uuid, which no two domains of a host have.
+    """
+    if is_name(identity.name):
+        return identity.name
+    return f"uuid-{identity.uuid}" if is_uuid(identity.uuid) else ""
+
+
+def _misfits(known: _Compiled, identity: Identity) -> list[str]:
+    """Say what of a Xen domain a rule asks for otherwise."""
+    wrong = []
+    if known.has_name is not None and not (is_name(identity.name) and known.has_name(identity.name)):
+        wrong.append("name")
+    if known.uuids and identity.uuid not in known.uuids:
+        wrong.append("uuid")
+    if known.labels and identity.label not in known.labels:
+        wrong.append("label")
+    return wrong
+
+
+def _faults_of(rule: DomainRule, backend: Backend) -> list[str]:
+    faults: list[str] = []
+    if backend == "local":
+        if not rule.names or not rule.uids:
+            faults.append("needs a name and a uid: without one of them it would match nothing")
+        if rule.uuids or rule.labels:
+            faults.append("has a uuid or a label, which only domains of the xen backend have")
+    else:
+        if not (rule.names or rule.uuids or rule.labels):
+            faults.append("needs a name, a uuid or a label: without any it would match everybody")
+        if rule.uids:
+            faults.append("has a uid, which no domain of the xen backend has")
+    if any(type(uid) is not int or not 0 <= uid <= MAX_UID for uid in rule.uids):
+        faults.append(f"has a uid that is not a number from 0 to {MAX_UID}")
+    if not all(map(is_uuid, rule.uuids)):
+        faults.append("has a uuid that is not 8-4-4-4-12 small hexadecimal digits")
+    if not all(map(is_name, rule.labels)):
+        faults.append(f"has a label that is not 1 to {MAX_NAME} characters ({NAME_CHARACTERS})")
+    return faults

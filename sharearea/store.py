@@ -13,7 +13,8 @@ Layout, one unnamed database; integers in keys are big-endian so that keys sort 
   p pool                  msgpack [name, area (16 bytes), slots per segment]
   g pool segment          dev u64, ino u64
   s pool first            up to 255 fingerprints: the slots first, first + 1, ... of one segment
-  o pool domain file      instance (16 bytes), runs (12 bytes each)
+  o pool domain file      instance (16 bytes), domid u32, stretches u32, grant references (8 bytes a stretch), runs (12
+                          bytes each)
 
 pool, segment, first and file are u32. Every value but those of "m" ends in a CRC-32 of its key and itself, for LMDB has
 no checksums and would pass on what a broken disk or a stray write made of them. Pools are numbered in the order in
@@ -58,7 +59,7 @@ from .model import (
     SlotsFreed,
 )
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 MAX_BYTES: Final = 8 << 30
 """Default bound of the store. 8 GiB hold the fingerprints of an area of 1 TiB."""
 INITIAL_BYTES: Final = 64 << 20
@@ -79,10 +80,12 @@ _POOL: Final = struct.Struct(">cI")
 _NUMBERED: Final = struct.Struct(">cII")
 _SEGMENT: Final = struct.Struct("<QQ")
 _FILE: Final = struct.Struct(">I")
+_OWNER: Final = struct.Struct("<16sII")
 _CRC: Final = struct.Struct("<I")
 _DOMAIN_BYTES: Final = 256  # 64 characters; the key is then 265 bytes of LMDB's 511
 _ID: Final = 16
 _RUN: Final = 12
+_STRETCH: Final = 8
 _U32: Final = 1 << 32
 
 # What a full disk, quota or file size limit (RLIMIT_FSIZE) looks like; LMDB passes the system's error on as text.
@@ -317,7 +320,11 @@ class _Batch:
                 number, _ = self._pool(change.pool)
                 _check_column("instance", change.instance, _ID, count=1)
                 _check_column("runs", change.runs, _RUN)
-                self._owners[_owner_key(number, change.domain, change.file)] = change.instance + change.runs
+                _check_column("references", change.refs, _STRETCH)
+                _check_range("domid", change.domid, _U32)
+                self._owners[_owner_key(number, change.domain, change.file)] = (
+                    _OWNER.pack(change.instance, change.domid, len(change.refs) // _STRETCH) + change.refs + change.runs
+                )
             case OwnerCleared():
                 number, _ = self._pool(change.pool)
                 self._owners[_owner_key(number, change.domain, change.file)] = None
@@ -571,13 +578,18 @@ def _decode_pool(key: bytes, value: bytes) -> tuple[int, PoolOpened]:
 
 
 def _decode_owner(pool: str, key: bytes, value: bytes) -> OwnerSet:
-    if len(value) < _ID or (len(value) - _ID) % _RUN:
+    if len(value) < _OWNER.size:
         raise _Undecodable(f"an owner of {len(value)} bytes")
+    instance, domid, stretches = _OWNER.unpack_from(value)
+    runs = _OWNER.size + stretches * _STRETCH
+    if len(value) < runs or (len(value) - runs) % _RUN:
+        raise _Undecodable(f"an owner of {len(value)} bytes with {stretches} stretches of references")
     try:
         domain = key[_POOL.size : -_FILE.size].decode()
     except UnicodeDecodeError:
         raise _Undecodable("an owner whose name is no text") from None
-    return OwnerSet(pool, domain, value[:_ID], _FILE.unpack(key[-_FILE.size :])[0], value[_ID:])
+    file = _FILE.unpack(key[-_FILE.size :])[0]
+    return OwnerSet(pool, domain, instance, file, value[runs:], domid, value[_OWNER.size : runs])
 
 
 def _read_records(txn: lmdb.Transaction[bytes]) -> dict[int, tuple[str, PoolRecord]]:

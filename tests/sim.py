@@ -2397,7 +2397,7 @@ def _grants_before_the_owner_is_saved() -> list[Patch]:
 
     def mutant(self: Engine, changes: Any = (), then: Any = None) -> None:
         if isinstance(then, engine_module._Granting):
-            self._grant(then)
+            self._granted(then)
             then = None
         commit(self, changes, then)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from sharearea.area.local import LocalArea
-from sharearea.broker import _adopt
+from sharearea.backend.local import _adopt
 from sharearea.common import native
 from sharearea.model import PoolRecord
 

@@ -22,7 +22,10 @@ from sharearea.policy import DEFAULT_EXCLUDE, Admission, DomainRule, PoolRules, 
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "docs" / "examples" / "broker.toml"
+XEN_EXAMPLE = ROOT / "docs" / "examples" / "broker-xen.toml"
 
+UUID = "2f1d4b6e-5c7a-4d3e-9b8f-0a1c2e3d4f50"
+XEN = '[broker]\nbackend = "xen"\n'
 POOL = '[pools.office]\ndomains = [{ name = "web-*", uid = 1000 }]\n'
 
 
@@ -113,6 +116,46 @@ def test_values_arrive_in_the_policy() -> None:
     assert config.warnings == ("pools.lab: nobody can join, domains is empty",)
 
 
+def test_values_of_the_xen_backend_arrive_in_the_policy() -> None:
+    config = parse(
+        f"""
+        [broker]
+        enabled = true
+        backend = "xen"
+        [pools.office]
+        domains = [{{ name = "web-*", label = ["a", "b"] }}, {{ uuid = "{UUID.upper()}" }}]
+        reclaim = "balloon"
+        reclaim_floor = "128 MiB"
+        reclaim_headroom = "32 MiB"
+        max_grants = 9
+        max_grants_per_domain = 5
+        """
+    )
+    xen = {"reclaim": "balloon", "reclaim_floor": 128 << 20, "reclaim_headroom": 32 << 20}
+    rules = PoolRules("office", exclude=DEFAULT_EXCLUDE, max_grants=9, max_grants_per_domain=5, **xen)  # type: ignore[arg-type]
+    assert config.policy.pools == {"office": rules}
+    assert config.policy.domains == (
+        DomainRule("office", ("web-*",), (), "pools.office.domains[0]", (), ("a", "b")),
+        DomainRule("office", (), (), "pools.office.domains[1]", (UUID,), ()),
+    )
+    assert isinstance(config.policy.admit(Identity("xen", domid=3, uuid=UUID), ""), Admission)
+    assert isinstance(config.policy.admit(Identity("local", 1000), "web-1"), Refusal)
+    assert config.warnings == ()
+
+
+def test_segments_of_the_xen_backend_are_small_and_have_no_header() -> None:
+    assert (parse(XEN).segment_bytes, parse(XEN).slots_per_segment) == (8 << 20, 8 * 256)
+    told = parse(XEN + 'segment_bytes = "64 MiB"')
+    assert (told.segment_bytes, told.slots_per_segment) == (64 << 20, 64 * 256)
+    assert parse(XEN + '[pools.a]\nmax_area_bytes = "8 MiB"').policy.pools["a"].max_area_bytes == 8 << 20
+
+
+def test_a_broken_backend_is_one_fault() -> None:
+    assert len(faults('[broker]\nbackend = 7\n[pools.a]\nreclaim = "balloon"\ndomains = [{ label = "a" }]')) == 1
+    # Another fault in [broker] does not make the rules local ones.
+    assert len(faults(XEN + 'grace = 7\n[pools.a]\nreclaim = "balloon"\ndomains = [{ label = "a" }]')) == 1
+
+
 def test_pools_without_keys_have_the_defaults_of_the_policy() -> None:
     assert parse("[pools.office]").policy.pools["office"] == PoolRules("office")
 
@@ -132,7 +175,7 @@ def test_all_faults_are_reported_at_once() -> None:
         [broker]
         enabld = true
         segment_bytes = "3 MiB"
-        backend = "xen"
+        socket = "broker.sock"
         grace = 30
         [pools.office]
         k = 1
@@ -150,16 +193,16 @@ def test_all_faults_are_reported_at_once() -> None:
     assert [fault.split(": ")[0] for fault in found] == [
         "pool",
         "broker.enabld",
-        "broker.backend",
+        "broker.socket",
         "broker.segment_bytes",
         "broker.grace",
         "pools.office.domains[0].name",
         "pools.office.domains[0].uid",
         "pools.office.domains[1].name",
-        "pools.office.domains[1].uid",
         "pools.office.include[0]",
         "pools.office.include[2]",
         "pools.office.k",
+        "pools.office.domains[1].uid",
         'pools."a b"',
         "pools.lab.min_file_bytes",
         "pools.lab.k",
@@ -177,8 +220,7 @@ def test_all_faults_are_reported_at_once() -> None:
             'broker.enabled: expected true or false, found the text "yes"; for example enabled = ',
         ),
         ("[broker]\nenabled = 1", "broker.enabled: expected true or false, found the number 1"),
-        ('[broker]\nbackend = "xen"', 'broker.backend: this version has the local backend only; write "local"'),
-        ('[broker]\nbackend = "kvm"', 'broker.backend: expected "local", found the text "kvm"'),
+        ('[broker]\nbackend = "kvm"', 'broker.backend: expected one of "local", "xen", found the text "kvm"'),
         ('[broker]\nlog_level = "loud"', 'broker.log_level: expected one of "debug", "info", "warning", "error"'),
         (
             '[broker]\nsegment_bytes = "65 MiB"',
@@ -239,6 +281,46 @@ def test_all_faults_are_reported_at_once() -> None:
         ),
         ('[pools.a]\ndomains = ["a"]', 'pools.a.domains[0]: expected a table, found the text "a"'),
         ('[pools.a]\ndomains = [{ name = "a/b", uid = 1 }]', 'pools.a.domains[0].name: no name matches "a/b"'),
+        ('[pools.a]\ndomains = [{ name = "a" }]', "pools.a.domains[0].uid: is missing and has no default; for example"),
+        (
+            '[pools.a]\ndomains = [{ name = "a", uid = 1, label = "b" }]',
+            "pools.a.domains[0].label: is for the xen backend: no domain of the local one has",
+        ),
+        (
+            f'[pools.a]\ndomains = [{{ name = "a", uid = 1, uuid = "{UUID}" }}]',
+            "pools.a.domains[0].uuid: is for the xen backend: no domain of the local one has",
+        ),
+        ('[pools.a]\nreclaim = "balloon"', "pools.a.reclaim: is for the xen backend: what a domain drops is the host"),
+        ('[pools.a]\nreclaim_floor = "64 MiB"', "pools.a.reclaim_floor: is for the xen backend"),
+        ('[pools.a]\nreclaim_headroom = "64 MiB"', "pools.a.reclaim_headroom: is for the xen backend"),
+        ("[pools.a]\nmax_grants = 7", "pools.a.max_grants: is for the xen backend: there are no grants here; leave"),
+        ("[pools.a]\nmax_grants_per_domain = 7", "pools.a.max_grants_per_domain: is for the xen backend"),
+        (
+            f"{XEN}[pools.a]\ndomains = [{{ uid = 1 }}]",
+            "pools.a.domains[0].uid: is for the local backend: a Xen domain",
+        ),
+        (f'{XEN}[pools.a]\ndomains = [{{ name = "a", uid = 1 }}]', "pools.a.domains[0].uid: is for the local backend"),
+        (f"{XEN}[pools.a]\ndomains = [{{}}]", "pools.a.domains[0]: names nobody; write at least one of name, uuid and"),
+        (
+            f'{XEN}[pools.a]\ndomains = [{{ uuid = "2f1d4b6e" }}]',
+            "pools.a.domains[0].uuid: expected a uuid of 8-4-4-4-12 hexadecimal digits, found the text",
+        ),
+        (
+            f'{XEN}[pools.a]\ndomains = [{{ label = "a*" }}]',
+            "pools.a.domains[0].label: expected a name of 1 to 64 char",
+        ),
+        (f'{XEN}socket = "/a"', "broker.socket: is for the local backend: on xen agents come through xenstore and"),
+        (
+            f'{XEN}[pools.a]\nreclaim = "swap"',
+            'pools.a.reclaim: expected one of "off", "balloon", found the text "swap"',
+        ),
+        (f'{XEN}[pools.a]\nreclaim_floor = "16 MiB"', "pools.a.reclaim_floor: expected a size from 32 MiB"),
+        (f"{XEN}[pools.a]\nmax_grants = -1", "pools.a.max_grants: expected a whole number from 0 to 33554432, found"),
+        (
+            f"{XEN}[pools.a]\nmax_grants = 5\nmax_grants_per_domain = 6",
+            "pools.a.max_grants_per_domain: is larger than max_grants = 5; change one",
+        ),
+        (f'{XEN}[pools.a]\nmax_area_bytes = "9 B"', "pools.a.max_area_bytes: expected a size from 8 MiB"),
     ],
 )
 def test_a_fault_names_key_and_remedy(text: str, expected: str) -> None:
@@ -298,6 +380,23 @@ def test_rules_that_can_never_match_are_warned_of(rules: list[str], dead: list[i
     ]
 
 
+@pytest.mark.parametrize(
+    ("rules", "dead"),
+    [
+        (['{ name = "*" }', '{ name = "a", label = "x" }', '{ label = "x" }'], [1]),
+        (['{ label = "x" }', '{ name = "a", label = ["x", "y"] }', '{ label = "x", name = "a" }'], [2]),
+        (['{ label = "x", name = "a" }', '{ label = "x" }', '{ name = "a" }'], []),
+        ([f'{{ uuid = "{UUID}" }}', f'{{ uuid = "{UUID}", name = "*" }}', '{ name = "*" }'], [1]),
+        (['{ label = "x" }', '{ label = "y" }', '{ label = ["y", "x"], name = ["a", "b"] }'], [2]),
+    ],
+)
+def test_xen_rules_that_can_never_match_are_warned_of(rules: list[str], dead: list[int]) -> None:
+    config = parse(f"{XEN}enabled = true\n[pools.office]\ndomains = [{', '.join(rules)}]\n")
+    assert [warning.split(" can never")[0] for warning in config.warnings] == [
+        f"pools.office.domains[{number}]" for number in dead
+    ]
+
+
 def test_a_domain_of_two_pools_is_warned_of() -> None:
     config = parse("[broker]\nenabled = true\n" + POOL + '[pools.lab]\ndomains = [{ name = "web-1", uid = 1000 }]\n')
     assert len(config.warnings) == 1
@@ -318,10 +417,26 @@ def test_example_has_every_key_and_no_other() -> None:
     document = tomllib.loads(EXAMPLE.read_text(encoding="utf-8"))
     assert set(document) == {"broker", "pools"}
     assert set(document["broker"]) == set(schema.keys_of(BrokerConfig))
+    entries: list[dict[str, Any]] = []
     for pool in document["pools"].values():
         assert set(pool) == set(schema.keys_of(PoolSection))
-        for entry in pool["domains"]:
-            assert set(entry) == set(schema.keys_of(DomainSection))
+        entries += pool["domains"]
+    # Entries for xen cannot stand beside those for local.
+    entries += tomllib.loads(XEN_EXAMPLE.read_text(encoding="utf-8"))["pools"]["office"]["domains"]
+    assert {name for entry in entries for name in entry} == set(schema.keys_of(DomainSection))
+
+
+def test_example_for_xen_is_accepted_and_admits_guests() -> None:
+    config = BrokerConfig.load(XEN_EXAMPLE)
+    assert (config.enabled, config.backend, config.warnings) == (True, "xen", ())
+    assert config.policy.pools["office"].reclaim == "balloon"
+    for identity in (
+        Identity("xen", domid=1, name="web-1"),
+        Identity("xen", domid=2, name="db", uuid=UUID),
+        Identity("xen", domid=3, name="mail", label="office"),
+    ):
+        assert isinstance(config.policy.admit(identity, ""), Admission)
+    assert isinstance(config.policy.admit(Identity("xen", domid=2, name="db"), ""), Refusal)
 
 
 def test_example_shows_the_defaults() -> None:

@@ -403,10 +403,11 @@ class Machine(RuleBasedStateMachine):
             assert expanded(runs) == expected
             if (domain, file) in self.mapped:
                 with pytest.raises(ValueError, match="already"):
-                    self.index.own(domain, file, bytes(16), runs)
+                    self.index.own(OwnerSet("pool", domain, bytes(16), file, runs))
             elif runs:
-                self.record.apply([self.index.owner_change(domain, file, b"i" * 16, runs)])
-                self.index.own(domain, file, b"i" * 16, runs)
+                change = OwnerSet("pool", domain, b"i" * 16, file, runs)
+                self.record.apply([change])
+                self.index.own(change)
                 self.mapped[domain, file] = [slot for _, slot in expected]
 
     @precondition(lambda self: self.mapped)

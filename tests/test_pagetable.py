@@ -15,9 +15,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from sharearea.common import native
 from sharearea.common.errors import Closed, TableFull
 from sharearea.common.native import NativePageTable
-from sharearea.pagetable import NO_SLOT, ZERO_PAGE, PageTable, ReferencePageTable, Totals
+from sharearea.pagetable import NO_SLOT, SHARE_PAGE, ZERO_PAGE, PageTable, ReferencePageTable, Totals
 
 SEED = bytes(range(40))
 ZERO_FP = b"\xaa" * 32
@@ -192,6 +193,15 @@ class Machine(RuleBasedStateMachine):
         slots = [self.mapped[n % len(self.mapped)] for n in picked]
         self.both.do("unmap", triples((0, slot, 1) for slot in slots))
 
+    @rule(runs=any_runs)
+    def share_any(self, runs: list[tuple[int, int, int]]) -> None:
+        self.both.do("share", triples(runs))
+
+    @precondition(lambda self: self.mapped)
+    @rule(picked=choices)
+    def share(self, picked: list[int]) -> None:
+        self.both.do("share", triples((7, self.mapped[n % len(self.mapped)], 1) for n in picked))
+
     @rule(ids=any_ids, slots=any_slots, holder=st.sampled_from([-1, 0, MAX_HOLDERS, U32_MAX + 1]))
     def call_with_anything(self, ids: list[int], slots: list[int], holder: int) -> None:
         packed = u32s(ids)
@@ -218,6 +228,12 @@ class Machine(RuleBasedStateMachine):
         used = {slot for first in (0, 16380, 39999) for slot in ints(self.both.twin.live(first, 8)[0])}
         self.mapped = [slot for slot in SLOTS if self.both.twin.live(slot, 1)[2]]
         self.free_slots = [slot for slot in SLOTS if slot not in used.union(self.mapped)]
+        # All mappings together pay for each mapped slot once, but for what division leaves over.
+        each = [(slot, self.both.twin.live(slot, 1)[2]) for slot in self.mapped]
+        paid = self.both.do("share", triples((0, slot, 1) for slot, n in each for _ in range(n)))
+        assert isinstance(paid, int)
+        whole = len(each) * SHARE_PAGE
+        assert whole - sum(n for _, n in each) <= paid <= whole
 
 
 TestMachine = Machine.TestCase
@@ -384,6 +400,28 @@ def test_a_slot_is_freed_when_neither_used_nor_mapped(both: Both) -> None:
     assert both.same_totals()["mappings"] == 2
 
 
+def test_who_maps_a_slot_pays_an_equal_part_of_it(both: Both) -> None:
+    assert native.SHARE_PAGE == SHARE_PAGE
+    both.do("intern", A + B + C)
+    both.do("publish", u32s([1, 2, 3]), u32s([3, 4, 20000]))
+    first, second = triples([(0, 3, 2), (9, 20000, 1)]), triples([(5, 3, 1)])
+    assert both.do("share", first) is ValueError  # nobody maps anything yet
+    both.do("map", first)
+    assert both.do("share", first) == 3 * SHARE_PAGE
+    both.do("map", second)
+    both.do("map", second)  # through two files: it pays twice
+    assert both.do("share", first) == 2 * SHARE_PAGE + SHARE_PAGE // 3
+    assert both.do("share", second + second) == SHARE_PAGE // 3 * 2
+    # A page that left its slot is paid for as long as somebody maps that.
+    both.do("unref", u32s([1]))
+    assert both.do("share", second) == SHARE_PAGE // 3
+    both.do("unmap", second + second)
+    assert both.do("share", first) == 3 * SHARE_PAGE
+    assert both.do("share", b"") == 0
+    assert both.do("share", triples([(0, 3, 3)])) is ValueError
+    assert both.do("share", triples([(0, U32_MAX, 2)])) is ValueError
+
+
 def test_runs_end_where_page_slot_or_segment_jump(both: Both) -> None:
     ids = both.packed("intern", b"".join(bytes([n]) * 32 for n in range(1, 8)))
     both.do("publish", u32s(ids[:6]), u32s([2, 3, 4, 5, 9, 10]))
@@ -442,7 +480,7 @@ def test_the_highest_slot_number_is_a_slot(both: Both) -> None:
     assert both.packed("unref", u32s([1])) == [NO_SLOT - 1]
 
 
-@pytest.mark.parametrize("method", ["intern", "unref", "unwant", "fps", "slots", "count", "map", "unmap"])
+@pytest.mark.parametrize("method", ["intern", "unref", "unwant", "fps", "slots", "count", "map", "unmap", "share"])
 def test_arrays_of_broken_length_are_refused(both: Both, method: str) -> None:
     assert both.do(method, b"\0" * 33) is ValueError
 

@@ -21,6 +21,7 @@ from sharearea.common.globs import (
     Outcome,
     PathFilter,
     compile_name_globs,
+    is_name,
     name_glob_covers,
     translate,
 )
@@ -29,6 +30,7 @@ from sharearea.model import Identity, Verdict
 from sharearea.policy import (
     DEFAULT_EXCLUDE,
     MAX_FILE_SIZE,
+    MAX_GRANTS,
     Admission,
     DomainRule,
     Policy,
@@ -46,6 +48,24 @@ def rule(pool: str, names: tuple[str, ...], uids: tuple[int, ...], number: int =
     return DomainRule(pool, names, uids, f"pools.{pool}.domains[{number}]")
 
 
+UUID = "2f1d4b6e-5c7a-4d3e-9b8f-0a1c2e3d4f50"
+OTHER_UUID = "00000000-0000-4000-8000-000000000001"
+
+
+def xen_rule(
+    pool: str = "office",
+    names: tuple[str, ...] = (),
+    uuids: tuple[str, ...] = (),
+    labels: tuple[str, ...] = (),
+    number: int = 0,
+) -> DomainRule:
+    return DomainRule(pool, names, (), f"pools.{pool}.domains[{number}]", uuids, labels)
+
+
+def guest(name: str = "web-1", uuid: str = UUID, label: str = "", domid: int = 5) -> Identity:
+    return Identity("xen", domid=domid, name=name, uuid=uuid, label=label)
+
+
 # ------------------------------------------------------------------------------------------------------ admission
 
 
@@ -61,8 +81,8 @@ def test_admits_by_name_and_uid_and_names_the_rule() -> None:
     first = rule("office", ("db", "web-*"), (1000, 1001))
     policy = Policy({"office": OFFICE}, (first,))
     for name in ("db", "web-", "web-17"):
-        assert policy.admit(ALICE, name) == Admission("office", first)
-    assert policy.admit(Identity("local", 1001), "db") == Admission("office", first)
+        assert policy.admit(ALICE, name) == Admission("office", first, name)
+    assert policy.admit(Identity("local", 1001), "db") == Admission("office", first, "db")
 
 
 def test_denies_by_default_and_says_what_to_write() -> None:
@@ -83,9 +103,9 @@ def test_denies_by_default_and_says_what_to_write() -> None:
 def test_first_matching_rule_decides_the_pool() -> None:
     narrow, wide = rule("lab", ("web-1",), (1000,)), rule("office", ("*",), (1000,))
     pools = {"office": OFFICE, "lab": LAB}
-    assert Policy(pools, (narrow, wide)).admit(ALICE, "web-1") == Admission("lab", narrow)
-    assert Policy(pools, (wide, narrow)).admit(ALICE, "web-1") == Admission("office", wide)
-    assert Policy(pools, (narrow, wide)).admit(ALICE, "web-2") == Admission("office", wide)
+    assert Policy(pools, (narrow, wide)).admit(ALICE, "web-1") == Admission("lab", narrow, "web-1")
+    assert Policy(pools, (wide, narrow)).admit(ALICE, "web-1") == Admission("office", wide, "web-1")
+    assert Policy(pools, (narrow, wide)).admit(ALICE, "web-2") == Admission("office", wide, "web-2")
 
 
 def test_refuses_when_switched_off_or_without_a_pool() -> None:
@@ -109,6 +129,130 @@ def test_refuses_a_bad_name(name: str) -> None:
 def test_refuses_another_backend() -> None:
     policy = Policy({"office": OFFICE}, (rule("office", ("*",), (1000,)),))
     assert refusal(policy, Identity("xen", 1000), "db").reason == "unknown-backend"
+
+
+@pytest.mark.parametrize(
+    ("only", "yes", "no"),
+    [
+        (
+            xen_rule(names=("web-*", "db")),
+            [guest(), guest("db", "", "x")],
+            [guest("my-web-1"), guest(""), guest("web/1")],
+        ),
+        (xen_rule(uuids=(UUID,)), [guest(), guest("a b")], [guest(uuid=OTHER_UUID), guest(uuid="")]),
+        (xen_rule(labels=("office",)), [guest(label="office")], [guest(), guest(label="office2"), guest(label="lab")]),
+        (xen_rule(names=("web-*",), uuids=(UUID,)), [guest()], [guest("db"), guest(uuid=OTHER_UUID)]),
+        (
+            xen_rule(names=("web-*",), uuids=(UUID,), labels=("a", "b")),
+            [guest(label="a"), guest(label="b")],
+            [guest(), guest("db", label="a"), guest(uuid=OTHER_UUID, label="a")],
+        ),
+        (xen_rule(names=("*",)), [guest()], [guest("a b"), guest("")]),
+    ],
+)
+def test_admits_a_xen_domain_that_has_all_that_is_asked(
+    only: DomainRule, yes: list[Identity], no: list[Identity]
+) -> None:
+    policy = Policy({"office": OFFICE}, (only,), backend="xen")
+    for identity in yes:
+        answer = policy.admit(identity, "what it calls itself")
+        assert isinstance(answer, Admission)
+        assert (answer.pool, answer.rule) == ("office", only)
+    for identity in no:
+        assert refusal(policy, identity, "web-1").reason == "no-matching-rule"
+
+
+def test_a_xen_domain_is_known_by_what_dom0_wrote() -> None:
+    policy = Policy({"office": OFFICE}, (xen_rule(labels=("a",)), xen_rule(uuids=(UUID,))), backend="xen")
+    for identity, domain in (
+        (guest("web-1", label="a"), "web-1"),
+        (guest("web-1", "", label="a"), "web-1"),
+        (guest("a b"), f"uuid-{UUID}"),
+        (guest("x" * 65), f"uuid-{UUID}"),
+        (guest(""), f"uuid-{UUID}"),
+    ):
+        answer = policy.admit(identity, "db")
+        assert isinstance(answer, Admission)
+        assert answer.domain == domain
+        assert is_name(answer.domain)
+    assert refusal(policy, guest("a b", "", "a"), "db").reason == "bad-name"
+    assert refusal(policy, guest("", "../x", "a"), "db").reason == "bad-name"
+
+
+def test_first_matching_xen_rule_decides_the_pool() -> None:
+    narrow, wide = xen_rule("lab", labels=("lab",)), xen_rule("office", names=("*",))
+    pools = {"office": OFFICE, "lab": LAB}
+    for rules, first in (((narrow, wide), narrow), ((wide, narrow), wide)):
+        policy = Policy(pools, rules, backend="xen")
+        assert policy.admit(guest(label="lab"), "") == Admission(first.pool, first, "web-1")
+        assert policy.admit(guest(), "") == Admission("office", wide, "web-1")
+
+
+def test_denies_a_xen_domain_and_says_what_to_write() -> None:
+    policy = Policy({"office": OFFICE}, (xen_rule(names=("web-*",), labels=("secret",)),), backend="xen")
+    stranger = refusal(policy, guest("db"), "web-1")
+    assert stranger.reason == "no-matching-rule"
+    assert '{ name = "db" }' in stranger.text
+    assert "[pools.NAME]" in stranger.text
+    assert "xenstore-write /local/domain/5/sharearea-label LABEL" in stranger.text
+    near = refusal(policy, guest(label="other"), "web-1")
+    assert "pools.office.domains[0] names it, with another label" in near.text
+    assert "[pools.office]" in near.text
+    assert "secret" not in near.text  # the peer is not told whom the rule admits
+    assert f'{{ uuid = "{UUID}" }}' in refusal(policy, guest("a b"), "web-1").text
+    by_uuid = Policy({"office": OFFICE}, (xen_rule(names=("db",), uuids=(UUID,)),), backend="xen")
+    assert "pools.office.domains[0] names it, with another name" in refusal(by_uuid, guest(), "").text
+    only_label = Policy({"office": OFFICE}, (xen_rule(labels=("secret",)),), backend="xen")
+    assert "domains[0]" not in refusal(only_label, guest(), "").text
+
+
+def test_no_guest_is_admitted_as_the_host() -> None:
+    policy = Policy({"office": OFFICE}, (xen_rule(names=("*",)),), backend="xen")
+    for domid in (0, -1):
+        assert refusal(policy, guest("Domain-0", domid=domid), "web-1").reason == "no-guest"
+    assert refusal(policy, Identity("xen", domid=cast(Any, "5"), name="web-1"), "web-1").reason == "policy-error"
+    assert refusal(policy, guest(cast(Any, None)), "web-1").reason == "policy-error"
+
+
+def test_a_xen_policy_admits_no_local_peer_and_needs_a_pool() -> None:
+    policy = Policy({"office": OFFICE}, (xen_rule(names=("*",)),), backend="xen")
+    assert refusal(policy, ALICE, "web-1").reason == "unknown-backend"
+    assert refusal(Policy({}, (), backend="xen"), guest(), "web-1").reason == "no-pool"
+    assert refusal(Policy({"lab": LAB}, (xen_rule(names=("*",)),), backend="xen"), guest(), "").reason == "no-pool"
+    off = Policy({"office": OFFICE}, (xen_rule(names=("*",)),), enabled=False, backend="xen")
+    assert refusal(off, guest(), "").reason == "disabled"
+
+
+@given(
+    st.text(max_size=70),
+    st.sampled_from(["", UUID, OTHER_UUID, "x"]),
+    st.sampled_from(["", "a", "b"]),
+    st.integers(-1, 3),
+)
+def test_no_xen_domain_but_the_named_is_admitted(name: str, uuid: str, label: str, domid: int) -> None:
+    policy = Policy({"office": OFFICE}, (xen_rule(names=("web-?",), uuids=(UUID,), labels=("a",)),), backend="xen")
+    admitted = isinstance(policy.admit(guest(name, uuid, label, domid), "web-1"), Admission)
+    named = re.fullmatch(r"web-[A-Za-z0-9._-]", name, re.ASCII) is not None
+    assert admitted == (named and uuid == UUID and label == "a" and domid > 0)
+
+
+@pytest.mark.parametrize(
+    ("entries", "pool", "domain", "limits"),
+    [
+        (32_768, 0, 0, (32_768, 16_384)),
+        (32_768, 1000, 0, (1000, 500)),
+        (32_768, 100_000, 0, (32_768, 16_384)),
+        (32_768, 100_000, 90_000, (32_768, 32_768)),
+        (32_768, 0, 7, (32_768, 7)),
+        (1, 0, 0, (1, 1)),
+        (0, 5, 5, (0, 0)),
+    ],
+)
+def test_grants_are_bounded_by_the_host_and_the_rules(
+    entries: int, pool: int, domain: int, limits: tuple[int, int]
+) -> None:
+    rules = PoolRules("office", max_grants=pool, max_grants_per_domain=domain)
+    assert rules.grant_limits(entries) == limits
 
 
 @pytest.mark.parametrize(
@@ -145,11 +289,32 @@ def test_policy_keeps_its_own_copy_of_the_pools() -> None:
         rule("office", ("*",), (2**32 - 1,)),
         rule("office", ("a b",), (1000,)),
         rule("office", ("[",), (1000,)),
+        xen_rule(names=("*",)),
+        DomainRule("office", ("*",), (1000,), "x", (UUID,)),
+        DomainRule("office", ("*",), (1000,), "x", (), ("a",)),
     ],
 )
 def test_broken_rules_are_not_accepted(broken: DomainRule) -> None:
     with pytest.raises(RulesError, match=re.escape(broken.source)):
         Policy({"office": OFFICE}, (broken,))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        xen_rule(),
+        rule("office", ("*",), (1000,)),
+        xen_rule(names=("[",)),
+        xen_rule(names=("a b",)),
+        xen_rule(uuids=("2f1d4b6e",)),
+        xen_rule(uuids=(UUID.upper(),)),
+        xen_rule(labels=("a*",)),
+        xen_rule(labels=("",)),
+    ],
+)
+def test_broken_xen_rules_are_not_accepted(broken: DomainRule) -> None:
+    with pytest.raises(RulesError, match=re.escape(broken.source)):
+        Policy({"office": OFFICE}, (broken,), backend="xen")
 
 
 def test_a_pool_must_be_under_its_own_name() -> None:
@@ -166,6 +331,10 @@ def test_a_pool_must_be_under_its_own_name() -> None:
         ("max_file_bytes", {"max_file_bytes": MAX_FILE_SIZE + 1}),
         ("max_pages", {"max_pages": 2**32 - 1}),
         ("max_files", {"max_files": 0}),
+        ("reclaim", {"reclaim": "swap"}),
+        ("reclaim_floor", {"reclaim_floor": 0}),
+        ("max_grants", {"max_grants": MAX_GRANTS + 1}),
+        ("max_grants_per_domain", {"max_grants": 5, "max_grants_per_domain": 6}),
         ("include", {"include": ()}),
         ("exclude", {"exclude": ("*.a",) * (MAX_GLOBS + 1)}),
         ("include, exclude", {"exclude": ("[",)}),

@@ -130,7 +130,8 @@ libraries_key=$({
 } | key)
 native_key=$({
   echo "$libraries_key"
-  cat pyproject.toml guest-agent/pyproject.toml CMakeLists.txt sharearea/common/__init__.py native/*.c native/*.h
+  cat pyproject.toml guest-agent/pyproject.toml CMakeLists.txt sharearea/common/__init__.py
+  cat native/*.c native/*.h native/area_stub.*
 } | key)
 
 is_key() { [ "$(cat "$venv/$1" 2>/dev/null)" = "$2" ]; }

@@ -214,7 +214,7 @@ static void test_publication(void)
 	uint32_t slots[4] = {10, 11, 12, 13};
 	uint32_t out[12];
 	uint32_t live_ids[4];
-	uint64_t zero, in_slot, repeated, mapped;
+	uint64_t zero, in_slot, repeated, mapped, share;
 	size_t n;
 	struct sa_table_totals totals;
 
@@ -255,8 +255,26 @@ static void test_publication(void)
 	out[2] = 3;
 	CHECK(sa_table_map(table, out, 1) == -ERANGE);
 	CHECK(sa_table_unmap(table, out, 1, freed, &n) == -ERANGE && n == 0);
+	share = 5;
+	CHECK(sa_table_share(table, out, 1, &share) == -ERANGE && share == 5);
 	totals = totals_of(table);
 	CHECK(totals.mappings == 2 && totals.slots_mapped == 2);
+
+	/* Two map 12, one maps 13, nobody maps 20. */
+	out[2] = 1;
+	CHECK(sa_table_map(table, out, 1) == 0);
+	out[2] = 2;
+	CHECK(sa_table_share(table, out, 1, &share) == 0 && share == SA_SHARE_PAGE / 2 + SA_SHARE_PAGE);
+	out[2] = 1;
+	CHECK(sa_table_share(table, out, 1, &share) == 0 && share == SA_SHARE_PAGE / 2);
+	CHECK(sa_table_unmap(table, out, 1, freed, &n) == 0 && n == 0);
+	out[4] = 20;
+	out[5] = 1;
+	CHECK(sa_table_share(table, out, 2, &share) == -EINVAL && share == SA_SHARE_PAGE / 2);
+	out[4] = UINT32_MAX;
+	out[5] = 2;
+	CHECK(sa_table_share(table, out, 2, &share) == -ERANGE);
+	out[2] = 3;
 
 	/* 3 moves; its old slot stays taken as long as it is mapped. */
 	slots[0] = 30;

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import array
 import errno
-import itertools
-import operator
 import os
 import threading
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from typing import Final, Self
 
 from ..common.errors import AreaFull, Closed, HostError, NativeError, VerificationFailed
 from ..common.native import FP_SIZE, PAGE_SIZE, SEGMENT_HEADER, Segment
+from ..grants import stretches
 from .base import Outcome
 
 _NAME_BYTES: Final = 249  # of a memfd, memfd_create(2)
@@ -97,7 +96,7 @@ class LocalArea:
         self._check_open()
         numbers = array.array("I", slots)
         pages = bytearray()
-        for start, count in _stretches(numbers):
+        for start, count in stretches(numbers):
             for number, slot, part in self._parts(start, count):
                 segment = self._segments.get(number)
                 if segment is None:
@@ -230,13 +229,3 @@ class LocalArea:
     def _check_open(self) -> None:
         if self._closed:
             raise Closed(f"the area of pool {self._pool} is closed")
-
-
-def _stretches(numbers: array.array[int]) -> Iterator[tuple[int, int]]:
-    """Yield (first, count) of each stretch of numbers that follow one another."""
-    steps = map(operator.sub, numbers[1:], numbers)
-    ends = itertools.compress(range(1, len(numbers)), map((1).__ne__, steps))
-    start = 0
-    for end in itertools.chain(ends, [len(numbers)] if numbers else []):
-        yield numbers[start], end - start
-        start = end

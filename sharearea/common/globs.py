@@ -20,11 +20,17 @@ NAME_CHARACTERS: Final = "letters, digits, '.', '_' and '-'"
 MAX_NAME: Final = 64
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z", re.ASCII)
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z", re.ASCII)
 
 
 def is_name(text: str) -> bool:
     """Say whether a text may name a pool or a domain: 1 to 64 characters of NAME_CHARACTERS."""
     return _NAME.match(text) is not None
+
+
+def is_uuid(text: str) -> bool:
+    """Say whether a text is a uuid as Xen writes them: 8-4-4-4-12 small hexadecimal digits."""
+    return _UUID.match(text) is not None
 
 
 # A path is bytes, absolute and normal. In a glob `*` stands for any bytes within one name, `?` for one byte, `[a-z]`

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import errno
 import os
+import selectors
 import socket
 import sys
 import threading
 from collections import deque
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 from .errors import Closed, HostError, PeerUnreachable, ProtocolError, ShareareaError
 from .wire import Codec, FrameReader, Message
@@ -47,6 +48,44 @@ class _Outgoing:
     def __init__(self, data: memoryview, fd: int | None) -> None:
         self.data = data
         self.fd = fd
+
+
+class Link(Protocol):
+    """What both kinds of links do: StreamLink over sockets, RingLink over shared rings. For one thread at a time."""
+
+    def fileno(self) -> int:
+        """Return the descriptor to poll. Raises Closed after close()."""
+        ...
+
+    def poll_events(self, reading: bool) -> int:
+        """Return what to poll for (selectors' mask), if what arrives is to be read or not."""
+        ...
+
+    def receive(self) -> list[tuple[Message, int | None]]:
+        """Return the messages that have arrived."""
+        ...
+
+    def send(self, message: Message, fd: int | None = None) -> None:
+        """Queue a message."""
+        ...
+
+    def flush(self) -> bool:
+        """Write as much as there is room for; return whether the queue is empty."""
+        ...
+
+    @property
+    def wants_write(self) -> bool:
+        """Whether something waits for flush()."""
+        ...
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes that wait for flush()."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything. Twice is fine."""
+        ...
 
 
 class StreamLink:
@@ -231,6 +270,10 @@ class StreamLink:
     def queued_bytes(self) -> int:
         """Bytes that wait for flush()."""
         return self._queued_bytes
+
+    def poll_events(self, reading: bool) -> int:
+        """Return what to poll for: to read, if `reading`, and to write, if something waits for it."""
+        return (selectors.EVENT_READ if reading else 0) | (selectors.EVENT_WRITE if self._queue else 0)
 
     # -------------------------------------------------------------------------------------------------- lifetime
 

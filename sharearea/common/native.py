@@ -1,14 +1,14 @@
 """The native core, typed: the only module that imports the extension.
 
-Callers see ints, bytes and the classes Segment, Grants and NativePageTable, never a pointer. Every -errno becomes an
-exception in one place (`_MEANINGS`). What the functions do is said once, in native/api.h; the docstrings here add the
-shapes of the Python side. A column is a packed array in this machine's (little-endian) byte order: a fingerprint column
-has 32 bytes per page, an id, slot or position column 4, a run column 8 (first, count) or 12 (page, slot, count).
+Callers see ints, bytes and the classes Segment, Grants, NativePageTable, Ring and Vchan, never a pointer. Every -errno
+becomes an exception in one place (`_MEANINGS`). What the functions do is said once, in native/api.h; the docstrings here add
+the shapes of the Python side. A column is a packed array in this machine's (little-endian) byte order: a fingerprint
+column has 32 bytes per page, an id, slot or position column 4, a run column 8 (first, count) or 12 (page, slot, count).
 
 Columns go in as any contiguous bytes-like object and are not copied, unless 32-bit numbers in them are not aligned to 4
 bytes. A column whose length is not a multiple of its element is a ValueError, and so is a number that does not fit its
-C type. The GIL is released in every call: buffers must not change meanwhile. The classes hold a lock for the
-time of a call, so that close() in another thread waits.
+C type. The GIL is released in every call: buffers must not change meanwhile. The classes hold a lock for the time of a
+call, so that close() in another thread waits.
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeAlias
 
 from .. import _native  # type: ignore[attr-defined]  # built; it has no source that mypy could read
-from .errors import AreaFull, Closed, HostError, NativeError, ShareareaError, TableFull
+from .errors import AreaFull, Closed, HostError, NativeError, ProtocolError, ShareareaError, TableFull
 
 ffi: Any = _native.ffi
 lib: Any = _native.lib
 
 BytesLike: TypeAlias = bytes | bytearray | memoryview
 """A contiguous buffer of bytes."""
+
+EXTENSION_FILE: Final[str] = _native.__file__
+"""The extension itself; what the build makes besides lies in the same folder."""
 
 PAGE_SIZE: Final[int] = lib.SA_PAGE_SIZE
 FP_SIZE: Final[int] = lib.SA_FP_SIZE
@@ -43,6 +47,8 @@ KERNEL_NOT_BUILT: Final[int] = lib.SA_KERNEL_NOT_BUILT
 PAGE_ABSENT: Final[int] = lib.SA_PAGE_ABSENT
 PAGE_DATA: Final[int] = lib.SA_PAGE_DATA
 PAGE_ZERO: Final[int] = lib.SA_PAGE_ZERO
+
+SHARE_PAGE: Final[int] = lib.SA_SHARE_PAGE
 
 RESIDENCY_AUTO: Final[int] = lib.SA_RESIDENCY_AUTO
 RESIDENCY_CACHESTAT: Final[int] = lib.SA_RESIDENCY_CACHESTAT
@@ -64,7 +70,12 @@ _NO_CACHESTAT = _Meaning(NativeError, "this kernel has no cachestat", "run Linux
 _NO_MEMORY = _Meaning(AreaFull, "the host has no memory for another segment")
 _NO_DESCRIPTOR = _Meaning(AreaFull, "no file descriptor is left for another segment", "raise the limit on open files")
 _TOO_MANY_MAPPINGS = _Meaning(NativeError, "this process has too many mappings", "raise vm.max_map_count")
+_NO_XEN = _Meaning(
+    HostError, "a device under /dev/xen is missing", "on Xen: modprobe xen-evtchn, xen-gntdev, in a guest xen-gntalloc"
+)
 _OUTSIDE_SEGMENT = _Meaning(NativeError, "slots outside the segment")
+_NO_FRAME = _Meaning(HostError, "a slot has no memory: the area domain is gone, or its segment closed")
+_IN_DOM0 = "run this as root in dom0 of a Xen host, with xen-utils installed and xen-privcmd loaded"
 
 _MEANINGS: Final[dict[tuple[str, int], _Meaning]] = {
     ("sa_hash_select", errno.ENOENT): _Meaning(HostError, "there is no hash kernel of this name"),
@@ -100,6 +111,37 @@ _MEANINGS: Final[dict[tuple[str, int], _Meaning]] = {
     ("sa_lease_take", errno.EACCES): _Meaning(
         NativeError, "no right to a lease on this file", "run as the file's owner or with CAP_LEASE"
     ),
+    ("sa_ring_*", errno.EPROTO): _Meaning(ProtocolError, "the peer's ring counters make no sense"),
+    ("sa_ring_*", errno.EINVAL): _Meaning(ValueError, "no rings have these orders"),
+    ("sa_vchan_*", errno.EPROTO): _Meaning(ProtocolError, "the peer's rings make no sense"),
+    ("sa_vchan_*", errno.ENOENT): _NO_XEN,
+    ("sa_vchan_*", errno.ENODEV): _NO_XEN,
+    ("sa_vchan_*", errno.ENXIO): _NO_XEN,
+    ("sa_vchan_*", errno.EACCES): _Meaning(HostError, "no right to the devices under /dev/xen", "run as root"),
+    ("sa_vchan_serve", errno.EINVAL): _Meaning(ValueError, "no rings have these orders, or no domain this number"),
+    ("sa_vchan_serve", errno.ENOSPC): _Meaning(
+        HostError, "xen-gntalloc has no pages left", "raise its parameter `limit`"
+    ),
+    ("sa_vchan_connect", errno.EBUSY): _Meaning(NativeError, "the rings do not wait for a client"),
+    ("sa_vchan_connect", errno.EINVAL): _Meaning(NativeError, "no such grant or event channel for this domain"),
+    ("sa_area_open", errno.ELIBACC): _Meaning(HostError, "Xen's libraries cannot be loaded", _IN_DOM0),
+    ("sa_area_open", errno.ENOENT): _Meaning(HostError, "there is no /dev/xen/privcmd", _IN_DOM0),
+    ("sa_area_open", errno.EACCES): _Meaning(HostError, "no right to /dev/xen/privcmd", _IN_DOM0),
+    ("sa_area_open", errno.EPERM): _Meaning(HostError, "Xen refuses this domain its rights", _IN_DOM0),
+    ("sa_area_open", errno.ESRCH): _Meaning(HostError, "there is no such domain"),
+    ("sa_area_populate", errno.ENOMEM): _Meaning(
+        AreaFull, "the host has no memory for more pages", "give guests or dom0 less (xl mem-set), or the host more"
+    ),
+    ("sa_area_fill", errno.ENXIO): _NO_FRAME,
+    ("sa_area_read", errno.ENXIO): _NO_FRAME,
+    ("sa_area_grant", errno.EBUSY): _Meaning(HostError, "a grant entry is not free"),
+    ("sa_area_grant", errno.ENOSPC): _Meaning(HostError, "a grant reference lies beyond what the table may grow to"),
+    ("sa_area_grant", errno.EINVAL): _Meaning(
+        ValueError, "a grant reference that is reserved or given twice, or a domid"
+    ),
+    ("sa_area_revoke", errno.EINVAL): _Meaning(ValueError, "a grant reference that is reserved"),
+    ("sa_area_revoke", errno.ERANGE): _Meaning(ValueError, "a grant reference beyond the table"),
+    ("sa_area_*", errno.ERANGE): _Meaning(ValueError, "a slot that no grant entry can name"),
     ("sa_table_intern", errno.ENOSPC): _Meaning(TableFull, "the fingerprint table has no room for this report"),
     ("sa_table_*", errno.EINVAL): _Meaning(ValueError, "an id, a number or an array that the table does not take"),
     ("sa_table_*", errno.ERANGE): _Meaning(ValueError, "a slot was never used"),
@@ -108,7 +150,7 @@ _MEANINGS: Final[dict[tuple[str, int], _Meaning]] = {
 
 
 def _error(call: str, number: int, about: str) -> ShareareaError | ValueError:
-    family = "sa_table_*" if call.startswith("sa_table_") else call
+    family = "_".join(call.split("_")[:2]) + "_*"
     meaning = _MEANINGS.get((call, number)) or _MEANINGS.get((family, number))
     if meaning is None:
         meaning = _Meaning(NativeError, os.strerror(number))
@@ -324,11 +366,15 @@ class _Owned:
         self._lock = threading.RLock()
         self._pointer = ffi.gc(pointer, destroy)
 
+    def _open(self) -> Any:
+        """The object itself. For callers that hold the lock."""
+        if self._pointer is None:
+            raise Closed(f"{type(self).__name__} is closed")
+        return self._pointer
+
     def _do(self, call: str, *args: object) -> int:
         with self._lock:
-            if self._pointer is None:
-                raise Closed(f"{type(self).__name__} is closed")
-            return _call(call, self._pointer, *args)
+            return _call(call, self._open(), *args)
 
     @property
     def closed(self) -> bool:
@@ -720,6 +766,12 @@ class NativePageTable(_Owned):
             self._do("sa_table_unmap", column, nruns, freed, nfreed)
         return _taken(freed, 4 * int(nfreed[0]))
 
+    def share(self, runs: BytesLike) -> int:
+        """Return what one mapping of every slot in the runs pays of it, in SHARE_PAGE-ths of a page, added up."""
+        share = ffi.new("uint64_t *")
+        self._do("sa_table_share", *_words(runs, 3, "runs"), share)
+        return int(share[0])
+
     def live(self, first: int, n: int) -> tuple[bytes, bytes, int]:
         """Return the used ones of slots [first, first + n), their pages' ids, and the mappings of the whole range."""
         found, mapped = ffi.new("size_t *"), ffi.new("uint64_t *")
@@ -749,3 +801,321 @@ class NativePageTable(_Owned):
 
 
 _MUCH: Final = 1 << 16
+
+
+# ----------------------------------------------------------------------------------------------------------- rings
+
+
+RING_SERVER: Final[int] = lib.SA_RING_SERVER
+RING_CLIENT: Final[int] = lib.SA_RING_CLIENT
+RING_WAITING: Final[int] = lib.SA_RING_WAITING
+RING_OPEN: Final[int] = lib.SA_RING_OPEN
+RING_CLOSED: Final[int] = lib.SA_RING_CLOSED
+
+_RING_READ: Final = 1 << 16  # bytes of one read
+_ring_scratch = threading.local()
+
+
+def _scratch_bytes() -> Any:
+    """One buffer for each thread: bytes are copied out of it before anything else happens."""
+    scratch = getattr(_ring_scratch, "bytes", None)
+    if scratch is None:
+        scratch = _ring_scratch.bytes = ffi.new("uint8_t[]", _RING_READ)
+    return scratch
+
+
+def _joined(buffers: Sequence[BytesLike]) -> Any:
+    """Pointer to the bytes of all buffers, one behind the other, up to what one write can take."""
+    if len(buffers) == 1:
+        return ffi.from_buffer("uint8_t[]", buffers[0])
+    parts: list[BytesLike] = []
+    size = 0
+    for buffer in buffers:
+        parts.append(buffer)
+        size += len(buffer)
+        if size >= _RING_READ:
+            break
+    return ffi.from_buffer("uint8_t[]", b"".join(parts))
+
+
+def ring_format(memory: mmap.mmap, left_order: int, right_order: int) -> int:
+    """Write a control page that waits for its first client at the start of `memory`; return the bytes of the pair.
+
+    Behind the control page lie the left ring's own pages, then the right ring's.
+    """
+    size = _ring_layout(left_order, right_order)[2]
+    if len(memory) < size:
+        raise ValueError(f"rings of orders {left_order} and {right_order} need {size} bytes, not {len(memory)}")
+    with ffi.from_buffer("uint8_t[]", memory, require_writable=True) as base:
+        _call("sa_ring_format", base, left_order, right_order, ffi.NULL)
+    return size
+
+
+def _ring_layout(left_order: int, right_order: int) -> tuple[int, int, int]:
+    left, right = ffi.new("uint32_t *"), ffi.new("uint32_t *")
+    _call("sa_ring_pages", left_order, right_order, left, right)
+    return int(left[0]), int(right[0]), (1 + int(left[0]) + int(right[0])) * PAGE_SIZE
+
+
+class Ring(_Owned):
+    """One side of two byte rings over memory that ring_format laid out. Events are the caller's.
+
+    `memory` must stay mapped until close(). A method that returns a flag says by it that the peer asked for an event.
+    Raises ProtocolError when the peer's counters make no sense.
+    """
+
+    __slots__ = ("_memory",)
+
+    def __init__(self, memory: mmap.mmap, side: int, left_order: int, right_order: int) -> None:
+        left, right, size = _ring_layout(left_order, right_order)
+        if len(memory) < size:
+            raise ValueError(f"rings of orders {left_order} and {right_order} need {size} bytes, not {len(memory)}")
+        self._memory = ffi.from_buffer("uint8_t[]", memory, require_writable=True)
+        ret = ffi.new("sa_ring **")
+        _call(
+            "sa_ring_create",
+            side,
+            self._memory,
+            self._memory + PAGE_SIZE if left else ffi.NULL,
+            self._memory + (1 + left) * PAGE_SIZE if right else ffi.NULL,
+            left_order,
+            right_order,
+            ret,
+        )
+        super().__init__(ret[0], lib.sa_ring_destroy)
+
+    def connect(self) -> None:
+        """Tell the server that its client is here; an event has to follow."""
+        with self._lock:
+            lib.sa_ring_connect(self._open())
+
+    def hang_up(self) -> None:
+        """Tell the peer that this side has left; an event has to follow."""
+        with self._lock:
+            lib.sa_ring_hang_up(self._open())
+
+    def state(self) -> int:
+        """Return RING_WAITING, RING_OPEN or, for ever, RING_CLOSED."""
+        return self._do("sa_ring_state")
+
+    def read(self) -> tuple[bytes, bool]:
+        """Take bytes that are there, 64 KiB at the most. Fewer: the peer sends an event when there are more."""
+        n, notify, scratch = ffi.new("size_t *"), ffi.new("int *"), _scratch_bytes()
+        self._do("sa_ring_read", scratch, _RING_READ, n, notify)
+        return _taken(scratch, int(n[0])), bool(notify[0])
+
+    def write(self, buffers: Sequence[BytesLike]) -> tuple[int, bool]:
+        """Put bytes; return how many went in, first to last. Fewer than all: the peer sends an event when it read."""
+        n, notify, data = ffi.new("size_t *"), ffi.new("int *"), _joined(buffers)
+        self._do("sa_ring_write", data, len(data), n, notify)
+        return int(n[0]), bool(notify[0])
+
+    def close(self) -> None:
+        """Let go of the memory; says nothing to the peer."""
+        with self._lock:
+            super().close()
+            ffi.release(self._memory)
+
+
+class Vchan(_Owned):
+    """Two byte rings and an event channel between this Xen domain and another: one end of what libxenvchan makes.
+
+    The peer is told when an end is closed, and also when its process is killed. Raises HostError where a device is
+    missing, ProtocolError when the peer's side makes no sense.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def serve(cls, domid: int, order_read: int = 16, order_write: int = 16) -> Self:
+        """Make rings of 2^order bytes that domain `domid` may map; `ring_ref` and `port` say where. For guests.
+
+        Raises HostError when xen-gntalloc has no pages left.
+        """
+        ret = ffi.new("sa_vchan **")
+        _call("sa_vchan_serve", domid, order_read, order_write, ret)
+        return cls(ret[0], lib.sa_vchan_destroy)
+
+    @classmethod
+    def connect(cls, domid: int, ring_ref: int, port: int) -> Self:
+        """Connect to a server in domain `domid`.
+
+        Raises NativeError with errno EBUSY when its rings have had their client or the server has left, another when
+        the grant or the port is not for us.
+        """
+        ret = ffi.new("sa_vchan **")
+        _call("sa_vchan_connect", domid, ring_ref, port, ret)
+        return cls(ret[0], lib.sa_vchan_destroy)
+
+    @property
+    def ring_ref(self) -> int:
+        """The grant reference of the control page."""
+        with self._lock:
+            return int(lib.sa_vchan_ring_ref(self._open()))
+
+    @property
+    def port(self) -> int:
+        """The event channel's port in this domain."""
+        with self._lock:
+            return int(lib.sa_vchan_port(self._open()))
+
+    def fileno(self) -> int:
+        """Return the event channel's descriptor: readable when an event is pending. It stays the vchan's."""
+        return self._do("sa_vchan_fd")
+
+    def drain(self) -> bool:
+        """Take the pending event, so that the next can come. Returns whether there was one. Never waits."""
+        pending = ffi.new("int *")
+        self._do("sa_vchan_drain", pending)
+        return bool(pending[0])
+
+    def state(self) -> int:
+        """Return RING_WAITING, RING_OPEN or, for ever, RING_CLOSED."""
+        return self._do("sa_vchan_state")
+
+    def read(self) -> bytes:
+        """Take bytes that are there, 64 KiB at the most. Fewer: an event comes when there are more."""
+        n, scratch = ffi.new("size_t *"), _scratch_bytes()
+        self._do("sa_vchan_read", scratch, _RING_READ, n)
+        return _taken(scratch, int(n[0]))
+
+    def write(self, buffers: Sequence[BytesLike]) -> int:
+        """Put bytes; return how many went in, first to last. Fewer than all: an event comes when the peer has read."""
+        n, data = ffi.new("size_t *"), _joined(buffers)
+        self._do("sa_vchan_write", data, len(data), n)
+        return int(n[0])
+
+
+# ------------------------------------------------------------------------------------------------- area domains
+
+GRANT_FIRST: Final[int] = lib.SA_GRANT_FIRST
+GRANTS_PER_FRAME: Final = 512
+
+
+class AreaDomain(_Owned):
+    """Memory and grant table of an area domain, seen from dom0. Slot s is guest frame `base` + s.
+
+    As long as it is open, `domid` names this very domain, whatever becomes of it. Slots and references go in and out as
+    packed uint32.
+    """
+
+    __slots__ = ("domid",)
+
+    def __init__(self, domid: int, base: int) -> None:
+        ret = ffi.new("sa_area **")
+        _call("sa_area_open", domid, base, ret, about=f"domain {domid}")
+        super().__init__(ret[0], lib.sa_area_close)
+        self.domid: Final = domid
+
+    def alive(self) -> bool:
+        """Tell whether the domain is there and not being destroyed."""
+        alive = ffi.new("int *")
+        self._do("sa_area_alive", alive)
+        return bool(alive[0])
+
+    def memory(self) -> int:
+        """Return the bytes of memory that the domain has, its stub's and Xen's special pages included."""
+        pages = ffi.new("uint64_t *")
+        self._do("sa_area_memory", pages)
+        return int(pages[0]) * PAGE_SIZE
+
+    def table(self) -> tuple[int, int]:
+        """Return how many frames the grant table has, and how many it may have."""
+        frames, most = ffi.new("uint32_t *"), ffi.new("uint32_t *")
+        self._do("sa_area_table", frames, most)
+        return int(frames[0]), int(most[0])
+
+    def end(self) -> int:
+        """Return the slot from which on there never was a frame. Raises NativeError, EOVERFLOW, if Xen cannot say."""
+        end = ffi.new("uint32_t *")
+        self._do("sa_area_end", end)
+        return int(end[0])
+
+    def blocks(self, n: int) -> bytes:
+        """Return one byte for each of the first n times 512 slots, 1 where any of them has a frame.
+
+        That is so as long as only populate() and release() changed them, whenever their caller died.
+        """
+        there = ffi.new("uint8_t[]", n)
+        self._do("sa_area_blocks", n, there)
+        return _taken(there, n)
+
+    def present(self, first: int, n: int) -> bytes:
+        """Return one byte for each slot of [first, first + n), 1 where there is a frame."""
+        there = ffi.new("uint8_t[]", n)
+        self._do("sa_area_present", first, n, there)
+        return _taken(there, n)
+
+    def populate(self, first: int, n: int) -> None:
+        """Get frames for slots, both numbers multiples of 512.
+
+        Raises AreaFull if Xen has no more memory, NativeError with errno EDQUOT if the domain may not have more.
+        Nothing was populated then.
+        """
+        self._do("sa_area_populate", first, n)
+
+    def release(self, first: int, n: int) -> None:
+        """Give the frames of slots back. One that a guest maps goes when the guest lets go."""
+        self._do("sa_area_release", first, n)
+
+    def fill(self, key: BytesLike, first: int, pages: BytesLike, want: BytesLike) -> bytes:
+        """Copy pages into slots from `first` on and check the copies against their wanted fingerprints.
+
+        Returns one byte per page, 1 where the copy has the fingerprint. Raises HostError if a slot has no frame.
+        """
+        data, npages = _column(pages, PAGE_SIZE, "pages")
+        fps, nfps = _column(want, FP_SIZE, "fingerprints")
+        _same("pages", npages, "fingerprints", nfps)
+        ok = ffi.new("uint8_t[]", npages)
+        self._do("sa_area_fill", _key(key), first, npages, data, fps, ok)
+        return _taken(ok, npages)
+
+    def verify(self, key: BytesLike, first: int, want: BytesLike) -> bytes:
+        """Check what is in the slots from `first` on; one byte per fingerprint, 1 where it is there and equal."""
+        fps, npages = _column(want, FP_SIZE, "fingerprints")
+        ok = ffi.new("uint8_t[]", npages)
+        self._do("sa_area_verify", _key(key), first, npages, fps, ok)
+        return _taken(ok, npages)
+
+    def read(self, slots: BytesLike) -> bytearray:
+        """Copy pages out of slots, in any order. Raises HostError if one has no frame."""
+        column, n = _words(slots, 1, "slots")
+        pages = bytearray(n * PAGE_SIZE)
+        with ffi.from_buffer("uint8_t[]", pages, require_writable=True) as out:
+            self._do("sa_area_read", column, n, out)
+        return pages
+
+    def grant(self, domid: int, slots: BytesLike, refs: BytesLike) -> None:
+        """Let a domain map slots[i] read only by reference refs[i].
+
+        Raises HostError if an entry is not free or the table cannot grow so far, ValueError if a reference is reserved
+        or given twice. Nothing was written then.
+        """
+        frames, n = _words(slots, 1, "slots")
+        entries, nrefs = _words(refs, 1, "references")
+        _same("slots", n, "references", nrefs)
+        self._do("sa_area_grant", domid, frames, entries, n)
+
+    def revoke(self, refs: BytesLike) -> bytes:
+        """Take grants back; one byte per reference, 1 where it is in use and stays, 0 where it is free now."""
+        column, n = _words(refs, 1, "references")
+        busy = ffi.new("uint8_t[]", n)
+        self._do("sa_area_revoke", column, n, busy)
+        return _taken(busy, n)
+
+    def entries(self) -> tuple[bytes, bytes, bytes]:
+        """Return references, domids and slots of all entries that are not free, ascending; NO_SLOT: no slot's frame."""
+        n = ffi.new("size_t *")
+        with self._lock:
+            self._do("sa_area_entries", 0, ffi.NULL, ffi.NULL, ffi.NULL, n)
+            room = int(n[0])
+            refs, domids, slots = (ffi.new("uint32_t[]", room) for _ in range(3))
+            self._do("sa_area_entries", room, refs, domids, slots, n)
+            room = min(room, int(n[0]))
+        return _taken(refs, 4 * room), _taken(domids, 4 * room), _taken(slots, 4 * room)
+
+    def usage(self) -> tuple[int, int]:
+        """Return how many entries are not free, and how many of them guests have mapped at this moment."""
+        granted, in_use = ffi.new("size_t *"), ffi.new("size_t *")
+        self._do("sa_area_usage", granted, in_use)
+        return int(granted[0]), int(in_use[0])

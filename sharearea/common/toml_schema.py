@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar, cast
 
 from .errors import ConfigError
-from .globs import MAX_NAME, NAME_CHARACTERS, GlobError, compile_name_globs, is_name, translate
+from .globs import MAX_NAME, NAME_CHARACTERS, GlobError, compile_name_globs, is_name, is_uuid, translate
 from .units import MIB, SIZE_UNITS, size_text
 from .wire import MAX_GLOBS, MAX_PATH
 
@@ -283,6 +283,21 @@ class Name:
         """Return the name."""
         if type(value) is str and is_name(value):
             return value
+        _mismatch(self, value, where, problems)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Uuid:
+    """A uuid; capitals become small letters, as Xen writes them."""
+
+    expected: str = "a uuid of 8-4-4-4-12 hexadecimal digits"
+    example: str = '"2f1d4b6e-5c7a-4d3e-9b8f-0a1c2e3d4f50"'
+
+    def read(self, value: object, where: str, problems: Problems) -> str | None:
+        """Return the uuid."""
+        if type(value) is str and is_uuid(value.lower()):
+            return value.lower()
         _mismatch(self, value, where, problems)
         return None
 

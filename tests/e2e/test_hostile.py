@@ -218,7 +218,7 @@ def test_flood_and_deaf_peer(sharing: tuple[Host, Domain, Consumer, bytes]) -> N
         slow.sendall(_hello("d8")[:7])
         deaf.sendall(_hello("d9"))
         flood = AGENT_TO_BROKER.encode(wire.Attach(array("I", range(64)).tobytes())) * 100
-        deaf.settimeout(0.5)
+        deaf.settimeout(5)  # the broker takes it up in turns, on a loaded machine in slow ones
         sent = 0
         with contextlib.suppress(TimeoutError, BrokenPipeError, ConnectionResetError):
             while sent < 64 * MIB:

@@ -51,9 +51,9 @@ def main() -> int:
     }
     result = verbs[verb]()
     result |= {"verb": verb, "kind": probe.kind, "wrong": probe.wrong}
-    print(json.dumps(result), flush=True)
+    _say(json.dumps(result))
     for text in probe.wrong:
-        print(f"guest_probe: {text}", file=sys.stderr)
+        sys.stderr.write(f"guest_probe: {text}\n")
     return 1 if probe.wrong else 0
 
 
@@ -277,7 +277,7 @@ class Probe:
         sys.stdin.readline()
         native.map_file(mapping, fd, 0, self.count)
         self.check(bytes(mapping) == want, "the file is not back")
-        print("back", flush=True)
+        _say("back")
         sys.stdin.readline()
         return {}
 
@@ -296,8 +296,13 @@ class Probe:
         self.check(self.put(mapping, fd, device, compare=True), "the grants' bytes differ")
         os.close(device)
         self.check(bytes(mapping) == want, "a granted page differs from the file")
-        print("held", flush=True)
+        _say("held")
         return fd, mapping, want
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def _free_kb() -> int:

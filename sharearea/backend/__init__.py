@@ -1,0 +1,1 @@
+"""What differs between hosts with Xen and without, for the broker's loop."""

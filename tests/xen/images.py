@@ -1,0 +1,311 @@
+"""What the lab boots, built from Debian 12's packages: Xen, a kernel, a root for dom0, and one for all guests.
+
+Works as root on Debian 12. What is missing there is installed, and named. Results are kept in build/xen/cache below a
+key of everything that went into them: a second run builds only the ram disks, which carry the scripts of inside/ and
+take less than a second. Neither root holds anything of sharearea: the test run installs the packages it has just built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+HERE: Final = Path(__file__).resolve().parent
+ROOT: Final = HERE.parent.parent
+CACHE: Final = ROOT / "build" / "xen" / "cache"
+
+HOST_PACKAGES: Final = {
+    "qemu-system-x86": "/usr/bin/qemu-system-x86_64",
+    "mmdebstrap": "/usr/bin/mmdebstrap",
+    "e2fsprogs": "/sbin/mke2fs",
+    "busybox-static": "/bin/busybox",
+    "kmod": "/sbin/depmod",
+    "gcc": "/usr/bin/gcc",
+    "libc6-dev": "/usr/include/stdlib.h",
+    "libxen-dev": "/usr/include/libxenvchan.h",
+    "dpkg-dev": "/usr/bin/dpkg-shlibdeps",
+}
+"""Debian package -> a file that shows that it is there."""
+
+XEN_PACKAGE: Final = "xen-hypervisor-4.17-amd64"
+KERNEL_META: Final = "linux-image-amd64"
+RELEASE: Final = "bookworm"
+
+AGENT_NEEDS: Final = ("python3", "python3-cffi-backend", "python3-msgpack", "python3-structlog", "python3-watchdog")
+BROKER_NEEDS: Final = (
+    "python3",
+    "python3-cffi-backend",
+    "python3-lmdb",
+    "python3-msgpack",
+    "python3-rich",
+    "python3-structlog",
+)
+DATA: Final = ("unicode-data", "libicu72", "perl-modules-5.36")
+"""What guests share besides their system: 90 MiB of files, large and small, from Debian."""
+
+COMMON: Final = ("mount", "util-linux", "procps", "iproute2", "busybox-static")
+ROOTS: Final = {
+    "dom0": (*COMMON, *BROKER_NEEDS, "xen-utils-4.17", "xenstore-utils", "kmod", "bsdextrautils"),
+    "guest": (*COMMON, *AGENT_NEEDS, *DATA),
+}
+IMAGE_BYTES: Final = 1 << 30
+_LEFT_OUT: Final = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*")
+
+_XEN_DEVICES: Final = ("xen-evtchn", "xen-gntdev", "xen-gntalloc", "xenfs")
+DOM0_MODULES: Final = (
+    *("virtio_pci", "virtio_blk", "virtio_net", "crc32c_generic", "ext4"),
+    *_XEN_DEVICES,
+    *("xen-privcmd", "xen-blkback", "xen-netback", "bridge"),
+)
+GUEST_MODULES: Final = ("xen-blkfront", "xen-netfront", "crc32c_generic", "ext4", *_XEN_DEVICES)
+
+Say = Callable[[str], None]
+
+
+class ImageError(Exception):
+    """Something that the lab boots could not be built."""
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """Files that a lab boots."""
+
+    xen: Path
+    kernel: Path
+    dom0_ramdisk: Path
+    dom0_root: Path
+    guest_root: Path
+
+
+def build(say: Say) -> Images:
+    """Build what is not in the cache, and return where everything is. ImageError says what failed."""
+    if os.geteuid() != 0:
+        raise ImageError("the lab needs root: mmdebstrap makes device nodes, QEMU is given its images")
+    install_missing(say)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(len(ROOTS) + 1) as pool:
+        boot = pool.submit(_boot_files, say)
+        roots = {name: pool.submit(_root, name, packages, say) for name, packages in ROOTS.items()}
+        folder = boot.result()
+        guest_root, dom0_root = roots["guest"].result(), roots["dom0"].result()
+    kernel = folder / "vmlinuz"
+    guest_ramdisk = _ramdisk(
+        folder, GUEST_MODULES, {"init": HERE / "inside" / "guest-boot"}, ("guest-init", "server.py"), {}
+    )
+    dom0_ramdisk = _ramdisk(
+        folder,
+        DOM0_MODULES,
+        {"init": HERE / "inside" / "dom0-boot"},
+        ("dom0-init", "server.py"),
+        {"lab/vmlinuz": kernel.read_bytes(), "lab/guest.gz": guest_ramdisk},
+    )
+    path = CACHE.parent / "dom0.gz"
+    path.write_bytes(dom0_ramdisk)
+    return Images(folder / "xen", kernel, path, dom0_root, guest_root)
+
+
+# --------------------------------------------------------------------------------------------------- the host's part
+
+
+def install_missing(say: Say) -> None:
+    """Install Debian packages that the lab needs and this host lacks."""
+    missing = [package for package, file in HOST_PACKAGES.items() if not Path(file).exists()]
+    if not missing:
+        return
+    say(f"installing from Debian: {' '.join(missing)}")
+    update_lists(say)
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    _call(["apt-get", "install", "-y", "--no-install-recommends", *missing], environment=environment)
+
+
+def update_lists(say: Say) -> None:
+    """Fetch Debian's package lists if this host has none."""
+    if not any(Path("/var/lib/apt/lists").glob("*_Packages*")):
+        say("apt-get update")
+        _call(["apt-get", "update"])
+
+
+def _call(
+    words: Sequence[str],
+    *,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    limit: float = 600,
+) -> str:
+    """Run a command; ImageError with the end of what it said if it fails."""
+    try:
+        done = subprocess.run(
+            words,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=limit,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ImageError(f"{' '.join(words)[:200]}: {error}") from None
+    if done.returncode:
+        raise ImageError(f"{' '.join(words)[:200]} ended with {done.returncode}:\n{done.stdout[-3000:]}")
+    return done.stdout
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _made_whole(path: Path) -> Iterator[Path]:
+    """Give a place to build in, and move it to `path` only when the building is done."""
+    part = path.with_name(path.name + f".part{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.unlink(missing_ok=True)
+    try:
+        yield part
+        part.rename(path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------- Xen and the kernel
+
+
+def _boot_files(say: Say) -> Path:
+    """Return a folder with xen, vmlinuz and lib/modules of Debian's packages."""
+    folder = CACHE / f"boot-{_key(XEN_PACKAGE, KERNEL_META)}"
+    if folder.exists():
+        return folder
+    begun = time.monotonic()
+    update_lists(say)
+    depends = _call(["apt-cache", "depends", KERNEL_META])
+    (kernel_package,) = {line.split()[-1] for line in depends.splitlines() if "Depends: linux-image-6" in line}
+    with _made_whole(folder) as part:
+        part.mkdir(parents=True)
+        _call(["apt-get", "download", "-o", "APT::Sandbox::User=root", XEN_PACKAGE, kernel_package], folder=part)
+        for deb in sorted(part.glob("*.deb")):
+            _call(["dpkg-deb", "-x", str(deb), str(part / "tree")])
+            deb.unlink()
+        (xen,) = (part / "tree/boot").glob("xen-4.17-amd64.gz")
+        (part / "xen").write_bytes(gzip.decompress(xen.read_bytes()))
+        (kernel,) = (part / "tree/boot").glob("vmlinuz-*")
+        kernel.rename(part / "vmlinuz")
+        (part / "lib").mkdir()
+        (part / "tree/lib/modules").rename(part / "lib/modules")
+        (version,) = os.listdir(part / "lib/modules")
+        _call(["depmod", "-b", str(part), version])
+        shutil.rmtree(part / "tree")
+    say(f"{XEN_PACKAGE} and {kernel_package}: {time.monotonic() - begun:.0f} s")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------- the roots
+
+
+def _root(name: str, packages: Sequence[str], say: Say) -> Path:
+    """Return an image (ext4) of a Debian root with these packages."""
+    options = ["--variant=apt", *(f"--dpkgopt=path-exclude={glob}" for glob in _LEFT_OUT), "--dpkgopt=force-unsafe-io"]
+    image = CACHE / f"{name}-{_key(RELEASE, sorted(packages), options, IMAGE_BYTES)}.img"
+    if image.exists():
+        return image
+    begun = time.monotonic()
+    say(f"root of {name}: {len(packages)} packages and what they need, from Debian")
+    tree = CACHE / f"{name}.tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    _call(["mmdebstrap", *options, f"--include={','.join(packages)}", RELEASE, str(tree), *_sources()])
+    with _made_whole(image) as part:
+        with part.open("wb") as file:
+            file.truncate(IMAGE_BYTES)
+        _call(["/sbin/mke2fs", "-q", "-t", "ext4", "-E", "lazy_itable_init=1", "-d", str(tree), str(part)])
+    shutil.rmtree(tree)
+    say(f"root of {name}: {time.monotonic() - begun:.0f} s")
+    return image
+
+
+def _sources() -> list[str]:
+    """Return this host's own list of Debian's mirrors, if it is one of Debian 12; else mmdebstrap has its own."""
+    for path in ("/etc/apt/sources.list.d/debian.sources", "/etc/apt/sources.list"):
+        with contextlib.suppress(OSError):
+            if RELEASE in Path(path).read_text():
+                return [path]
+    return []
+
+
+# ------------------------------------------------------------------------------------------------------ the ram disks
+
+
+def _ramdisk(
+    boot: Path,
+    modules: Sequence[str],
+    programs: Mapping[str, Path],
+    inside: Sequence[str],
+    more: Mapping[str, bytes],
+) -> bytes:
+    """Return an initial ram disk: busybox, kernel modules with what they need, and files."""
+    (version,) = os.listdir(boot / "lib/modules")
+    files: dict[str, tuple[bytes, int]] = {"bin/busybox": (Path("/bin/busybox").read_bytes(), 0o755)}
+    for path in _module_files(boot, version, modules):
+        files[path] = ((boot / path).read_bytes(), 0o644)
+    # The text files are enough for busybox.
+    for name in ("modules.dep", "modules.alias", "modules.builtin", "modules.order", "modules.softdep"):
+        path = f"lib/modules/{version}/{name}"
+        files[path] = ((boot / path).read_bytes(), 0o644)
+    for name, source in programs.items():
+        files[name] = (source.read_bytes(), 0o755)
+    for name in inside:
+        files[f"lab/{name}"] = ((HERE / "inside" / name).read_bytes(), 0o755)
+    files["lab/modules"] = ("\n".join(modules).encode(), 0o644)
+    for name, data in more.items():
+        files[name] = (data, 0o644)
+    return gzip.compress(_cpio(files), 1)
+
+
+def _module_files(boot: Path, version: str, modules: Sequence[str]) -> list[str]:
+    """Return the files of modules and of all that they depend on, relative to the folder that lib/modules is in."""
+    found: dict[str, None] = {}
+    for module in modules:
+        said = _call(["/sbin/modprobe", "-d", str(boot), "-S", version, "--show-depends", module])
+        for line in said.splitlines():
+            words = line.split()
+            if words and words[0] == "insmod":
+                found[os.path.relpath(words[1], boot)] = None
+    return list(found)
+
+
+def _cpio(files: Mapping[str, tuple[bytes, int]]) -> bytes:
+    """Pack files into an archive of the kernel's format (newc): name -> content and permissions."""
+    folders: dict[str, None] = {}
+    for name in files:
+        for parent in reversed(Path(name).parents):
+            if str(parent) != ".":
+                folders[str(parent)] = None
+    out = bytearray()
+
+    def add(number: int, name: str, mode: int, data: bytes) -> None:
+        fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name.encode()) + 1, 0)
+        out.extend(b"070701" + "".join(f"{field:08X}" for field in fields).encode() + name.encode() + b"\0")
+        out.extend(bytes(-len(out) % 4))
+        out.extend(data)
+        out.extend(bytes(-len(out) % 4))
+
+    entries = [(name, stat.S_IFDIR | 0o755, b"") for name in folders]
+    entries += [(name, stat.S_IFREG | mode, data) for name, (data, mode) in files.items()]
+    for number, (name, mode, data) in enumerate(entries, 1):
+        add(number, name, mode, data)
+    add(0, "TRAILER!!!", 0, b"")
+    return bytes(out)
