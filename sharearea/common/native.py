@@ -1,9 +1,10 @@
 """The native core, typed: the only module that imports the extension.
 
 Callers see ints, bytes and the classes Segment, Grants, NativePageTable, Ring and Vchan, never a pointer. Every -errno
-becomes an exception in one place (`_MEANINGS`). What the functions do is said once, in native/api.h; the docstrings here add
-the shapes of the Python side. A column is a packed array in this machine's (little-endian) byte order: a fingerprint
-column has 32 bytes per page, an id, slot or position column 4, a run column 8 (first, count) or 12 (page, slot, count).
+becomes an exception in one place (`_MEANINGS`). What the functions do is said once, in native/api.h; the docstrings
+here add the shapes of the Python side. A column is a packed array in this machine's (little-endian) byte order: a
+fingerprint column has 32 bytes per page, an id, slot or position column 4, a run column 8 (first, count) or 12 (page,
+slot, count).
 
 Columns go in as any contiguous bytes-like object and are not copied, unless 32-bit numbers in them are not aligned to 4
 bytes. A column whose length is not a multiple of its element is a ValueError, and so is a number that does not fit its

@@ -1,8 +1,8 @@
 """What a guest can do with grants, shown on the real thing: runs inside a guest, with the agent's package installed.
 
 `guest_probe.py VERB AREA FIRST COUNT [SECONDS]`: AREA is the domain that has granted us COUNT references from FIRST on,
-read only, each another page. dom0 grants them before and looks at the entries (busy or not) where it says so. Prints one
-JSON object, and ends with 0 if everything was as it must be, with 1 and what was not on standard error if it was not.
+read only, each another page. dom0 grants them before and looks at the entries (busy or not) where it says so. Prints
+one JSON object, and ends with 0 if everything was as it must be, with 1 and what was not on standard error if not.
 
   rules    what the kernel and the hypervisor allow and refuse; native/gntdev.c goes by it
   measure  one ioctl and one mmap for all references, against one by one in the same run
