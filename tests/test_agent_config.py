@@ -49,6 +49,10 @@ def test_values_arrive() -> None:
         folders = ["/srv/db/usr", "/srv/db/opt"]
         exclude = ["*.a", "/opt/**"]
         one_file_system = false
+        backend = "xen"
+        allow_user_mappings = true
+        consumer_group = "sharers"
+        world_readable = false
         broker_socket = "/b"
         consumer_socket = "/c"
         control_socket = "/d"
