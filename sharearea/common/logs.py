@@ -37,6 +37,7 @@ EVENTS: Final[dict[str, tuple[str, str]]] = {
     "store.failed": ("error", "the store could not be written; nothing of the transaction is in force"),
     "domain.joined": ("info", "a domain shares in its pool"),
     "domain.refused": ("warning", "a domain may not share"),
+    "domain.unreachable": ("warning", "a domain offers rings that cannot be used"),
     "domain.left": ("info", "a domain's agent is gone; its grants are kept for the grace time"),
     "peer.strike": ("warning", "a peer sent what it must not"),
     "pool.paused": ("error", "nothing more is published for a while"),

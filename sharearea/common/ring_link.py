@@ -97,7 +97,7 @@ class RingLink:
 
     # ------------------------------------------------------------------------------------------------- receiving
 
-    def receive(self) -> list[tuple[Message, None]]:
+    def receive(self) -> list[tuple[Message, int | None]]:
         """Read what is there, about RECEIVE_BYTES at the most, and return the messages that are whole.
 
         An empty list means that nothing whole is there yet. Raises LinkClosed when the other end is gone, after the
@@ -107,7 +107,7 @@ class RingLink:
         self._check_open()
         if self._failure is not None:
             raise self._failure
-        messages: list[tuple[Message, None]] = []
+        messages: list[tuple[Message, int | None]] = []
         try:
             self._read(messages)
         except ProtocolError as error:
@@ -122,7 +122,7 @@ class RingLink:
             self._show()
         return messages
 
-    def _read(self, messages: list[tuple[Message, None]]) -> None:
+    def _read(self, messages: list[tuple[Message, int | None]]) -> None:
         # The event before the bytes: one that comes later announces bytes that come later.
         self._channel.drain()
         if self._stuck:
@@ -154,7 +154,7 @@ class RingLink:
 
     # --------------------------------------------------------------------------------------------------- sending
 
-    def send(self, message: Message, fd: None = None) -> None:
+    def send(self, message: Message, fd: int | None = None) -> None:
         """Queue a message; flush() writes it. Descriptors do not travel between domains: `fd` has to be None.
 
         Raises QueueFull when max_queue_bytes would be passed, ValueError for a message that does not belong here.

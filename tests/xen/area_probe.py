@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from sharearea.area.toolstack import Toolstack
@@ -28,6 +29,7 @@ from sharearea.common.errors import AreaFull, HostError, ShareareaError
 PASSED = 42
 PAGE = 4096
 SLOTS = 2048  # 8 MiB segments
+LARGE_SLOTS = 16384  # 64 MiB ones
 MIB = 1 << 20
 KEY = bytes(range(32))
 IN_USE_WAIT_S = 20.0
@@ -254,50 +256,82 @@ def limits(one: Guest, content: Content) -> None:
     must(small.verify(0, content.want) == b"\1" * content.count, "bytes are what they were")
     small.destroy()
 
-    # An area that may have more than the host has. `xl mem-set` by somebody else must not stop it before.
-    large = new_area(max_bytes=64 << 30)
-    large.fill(0, content.pages[:PAGE], content.want[:32])
-    subprocess.run(["xl", "mem-set", str(large.domid), "64"], check=True, capture_output=True)
-    begun = time.monotonic()
-    number = 1
-    while True:
-        try:
-            ok, _ = large.fill(number * SLOTS, content.pages[:PAGE], content.want[:32])
-        except AreaFull as error:
-            full = error
-            break
-        must(ok == b"\1", "filled")
-        number += 1
-    spent = time.monotonic() - begun
-    must("memory" in full.message, f"the reason is named: {full.message}")
-    must(number not in large.segments() and len(large.segments()) == number, "no segment was opened by halves")
-    left = free_mib()
-    ok, _ = large.fill(1, content.pages[:PAGE], content.want[:32])
-    must(ok == b"\1", "and the area goes on")
-    say(figures={"segments_until_full": number, "free_mib_when_full": left,
-                 "open_segment_ms": round(spent * 1000 / number, 1)})  # fmt: skip
-    # The last segments may be made of 4 KiB extents: they are given back as well.
-    for segment in reversed(large.segments()):
-        large.close_segment(segment)
-    settles(lambda: free_mib() >= before - 140, "segments come back")  # 128 MiB of it is for page tables of 64 GiB
-    large.destroy()
+    full_host(content)
     settles(lambda: free_mib() >= before - 1, f"memory comes back: {before} MiB before")
 
 
-def _child(work: Callable[[], None]) -> int:
-    """Start a process that works until it is killed."""
+def full_host(content: Content) -> None:
+    """An area that may have more than the host has; and memory that is there in single pages only."""
+    page, want = content.pages[:PAGE], content.want[:32]
+    large = XenArea("probe", os.urandom(16), KEY, LARGE_SLOTS, 64 << 30, None, toolstack)
+    small = new_area("small", max_bytes=1 << 30)
+    large.fill(0, page, want)
+    small.fill(0, page, want)
+    # Somebody else's `xl mem-set` must not stop it.
+    subprocess.run(["xl", "mem-set", str(large.domid), "64"], check=True, capture_output=True)
+    segments = 1
+    begun = time.monotonic()
+    for area in (large, small):
+        number = 1
+        while True:
+            try:
+                ok, _ = area.fill(number * area.slots_per_segment, page, want)
+            except AreaFull as error:
+                full = error
+                break
+            must(ok == b"\1", "filled")
+            number += 1
+        must("memory" in full.message, f"the reason is named: {full.message}")
+        must(area.segments() == tuple(range(number)), "no segment was opened by halves")
+        segments += (number - 1) * area.slots_per_segment // SLOTS
+    spent = time.monotonic() - begun
+    left = free_mib()
+    ok, _ = large.fill(1, page, want)
+    must(ok == b"\1", "and the area goes on")
+    number = len(small.segments())
+    refused(AreaFull, lambda: small.fill(number * SLOTS, page, want), "8 MiB more")
+    # Every other page of a stretch: 8 MiB and a bit, without two that are neighbours.
+    with native.AreaDomain(large.domid or 0, BASE_FRAME) as domain:
+        for slot in range(LARGE_SLOTS, LARGE_SLOTS + 2 * SLOTS + 128, 2):
+            domain.release(slot, 1)
+    (ok, opened), singles = timed(lambda: small.fill(number * SLOTS, content.pages, content.want))
+    must(ok == b"\1" * content.count and len(opened) == 1, "a segment of single pages")
+    must(small.verify(number * SLOTS, content.want) == b"\1" * content.count, "is as good")
+    small.close_segment(number)
+    refused(AreaFull, lambda: large.fill(len(large.segments()) * LARGE_SLOTS, page, want), "64 MiB more")
+    for segment in large.segments():
+        large.close_segment(segment)
+    settles(lambda: free_mib() >= segments * 8 - 16, "all of it is given back, with holes or without")
+    say(figures={"segments_until_full": segments, "free_mib_when_full": left,
+                 "open_8_mib_ms": round(spent * 1000 / segments, 1),
+                 "fill_8_mib_of_single_pages_ms": singles})  # fmt: skip
+    large.destroy()
+    small.destroy()
+
+
+def _child(work: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
+    """Start a process that works until it is killed. Returns its pid and a pipe that says when it is at work."""
+    reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            work()
+            work(lambda: _tell(writer))
         except BaseException as error:
             os.write(2, f"child: {error!r}\n".encode())
         finally:
             os._exit(1)
-    return pid
+    os.close(writer)
+    return pid, reader
 
 
-def _kill(pid: int, after: float) -> None:
+def _tell(writer: int) -> None:
+    os.write(writer, b"!")
+
+
+def _kill(child: tuple[int, int], after: float) -> None:
+    pid, reader = child
+    must(os.read(reader, 1) == b"!", "the child is at work")
+    os.close(reader)
     time.sleep(after)
     os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
@@ -310,9 +344,12 @@ def killed(one: Guest, content: Content, rounds: int) -> None:
     before = free_mib()
 
     # While the domain is being made: the next broker needs it, and there is one of it.
-    for delay in (0.05, 0.4, 0.8, 1.2, 2.0):
+    area = new_area()
+    _, whole = timed(lambda: area.fill(0, content.pages[:PAGE], content.want[:32]))
+    area.destroy()
+    for part in (0.2, 0.5, 0.8):
         identity = os.urandom(16)
-        _kill(_child(lambda identity=identity: _create_and_wait(identity, content)), delay)  # type: ignore[misc]
+        _kill(_child(partial(_create_and_wait, identity, content)), part * whole / 1000)
         area = new_area(identity=identity)
         tries = 0
         while True:
@@ -343,8 +380,8 @@ def killed(one: Guest, content: Content, rounds: int) -> None:
     area.close()
     found_open = found_granted = 0
     for _ in range(rounds):
-        pid = _child(lambda: _work(identity, known, one.domid, content, chance.randrange(1 << 30)))
-        _kill(pid, 0.9 + chance.random())
+        work = partial(_work, identity, known, one.domid, content, chance.randrange(1 << 30))
+        _kill(_child(work), chance.random() / 2)
         area = new_area(identity=identity)
         left = toolstack.find(identity)
         must(left is not None, "the domain is there")
@@ -366,6 +403,7 @@ def killed(one: Guest, content: Content, rounds: int) -> None:
         area.close()
     one.still_reads([content.sha(slot) for slot in slots], "through all of it")
     one.drops()
+    must(found_open > 0 and found_granted > 0, "the children were at work when they were killed")
     say(figures={"rounds": rounds, "rounds_with_segments_left": found_open, "rounds_with_grants_left": found_granted})
 
     # What is not as the store says is not taken over.
@@ -383,12 +421,20 @@ def killed(one: Guest, content: Content, rounds: int) -> None:
     settles(lambda: free_mib() >= before - 1, f"memory comes back: {before} MiB before")
 
 
-def _create_and_wait(identity: bytes, content: Content) -> None:
+def _create_and_wait(identity: bytes, content: Content, at_work: Callable[[], None]) -> None:
+    at_work()
     new_area(identity=identity).fill(0, content.pages[:PAGE], content.want[:32])
     time.sleep(60)
 
 
-def _work(identity: bytes, known: dict[int, tuple[int, int]], domid: int, content: Content, seed: int) -> None:
+def _work(
+    identity: bytes,
+    known: dict[int, tuple[int, int]],
+    domid: int,
+    content: Content,
+    seed: int,
+    at_work: Callable[[], None],
+) -> None:
     chance = random.Random(seed)
     area = new_area(identity=identity)
     why = area.adopt(known)
@@ -396,6 +442,7 @@ def _work(identity: bytes, known: dict[int, tuple[int, int]], domid: int, conten
         raise RuntimeError(f"the child cannot adopt: {why}")
     refs = packed(range(1000, 1000 + content.count))
     slots = packed([chance.randrange(6 * SLOTS) for _ in range(content.count)])
+    at_work()
     while True:
         match chance.randrange(4):
             case 0 | 1:
@@ -462,7 +509,7 @@ def destroyed(one: Guest, two: Guest, content: Content) -> None:
 def main() -> int:
     """Run all steps."""
     one, two = (Guest(which, int(word)) for which, word in enumerate(sys.argv[1:3]))
-    rounds = int(sys.argv[3]) if len(sys.argv) > 3 else 12
+    rounds = int(sys.argv[3]) if len(sys.argv) > 3 else 8
     content = Content(1, SLOTS)
     left = [domain for domain in toolstack.areas() if domain.pool in ("probe", "small")]
     must(not left, f"areas of an earlier run are there: {left}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,12 +18,17 @@ from .lab import Lab
 
 HERE: Final = Path(__file__).resolve().parent
 PASSED: Final = 42
-PROBE_S: Final = 600.0
+PROBE_S: Final = 1200.0
 ANSWER_S: Final = 60.0
 
 
-def probe(lab: Lab, guests: tuple[str, str], path: str = "", rounds: int = 12) -> dict[str, Any]:
-    """Run the probe; return its figures. Raises ChannelError or AssertionError if it did not pass."""
+def probe(
+    lab: Lab, guests: tuple[str, str], path: str = "", rounds: int = 8, hear: Callable[[str], object] = str
+) -> dict[str, Any]:
+    """Run the probe; return its figures. Raises ChannelError or AssertionError if it did not pass.
+
+    `hear` is told of every step and figure as it comes.
+    """
     holders: list[Running] = []
     figures: dict[str, Any] = {}
     try:
@@ -41,7 +47,9 @@ def probe(lab: Lab, guests: tuple[str, str], path: str = "", rounds: int = 12) -
                     holder = holders[message.pop("ask")]
                     holder.write(json.dumps(message).encode() + b"\n")
                     running.write(holder.read_line(ANSWER_S).encode() + b"\n")
-                elif "figures" in message:
+                    continue
+                hear(json.dumps(message))
+                if "figures" in message:
                     figures |= message["figures"]
                 elif "done" in message:
                     figures[f"{message['done']}_s"] = message["seconds"]
@@ -64,10 +72,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("guests", nargs=2)
     parser.add_argument("--path", default="")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
     first, second = options.guests
-    figures = probe(Lab.attach(), (first, second), options.path, options.rounds)
+    figures = probe(
+        Lab.attach(), (first, second), options.path, options.rounds, lambda line: sys.stderr.write(line + "\n")
+    )
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")
     return 0
 
