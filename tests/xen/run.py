@@ -93,12 +93,13 @@ def perform(stages: Sequence[Stage], say: Say, *, stay: bool = False) -> bool:
             results["boot_s"] = round(time.monotonic() - begun, 1)
             for number, step in enumerate(stages, 1):
                 say(f"[{number}/{len(stages)}] {step.name}: {step.what}")
-                at = time.monotonic()
+                at, cpu = time.monotonic(), run.lab.cpu_seconds()
                 _do(step, run, at + step.limit * PATIENCE, begun + LIMIT_S)
                 seconds = round(time.monotonic() - at, 1)
-                results["stages"].append({"name": step.name, "seconds": seconds})
+                cpu = round(run.lab.cpu_seconds() - cpu, 1)
+                results["stages"].append({"name": step.name, "seconds": seconds, "cpu_s": cpu})
                 done.append(step.name)
-                say(f"{step.name}: passed in {seconds} s, {time.monotonic() - begun:.0f} s in all")
+                say(f"{step.name}: passed in {seconds} s ({cpu} s of CPU), {time.monotonic() - begun:.0f} s in all")
             code = run.lab.finish()
             if code != PASSED:
                 raise LabError(f"all stages passed, but QEMU ended with {code} and not with {PASSED}")
