@@ -231,6 +231,101 @@ struct sa_table_totals {
 };
 int sa_table_totals(const sa_table *table, struct sa_table_totals *ret);
 
+/* ---------------------------------------------------------------------------------------------- gntdev.c */
+
+/* Pages that another domain has granted to this guest, under a mapping of a file (the `xen` backend, guest side).
+ * Needs /dev/xen/gntdev. Never PROT_WRITE, never PROT_EXEC. */
+typedef struct sa_grants sa_grants;
+
+enum { SA_GRANTS_AT_ONCE = 65536 }; /* references in one ioctl: the kernel's limit */
+
+/* Open the grant device read only, so that nothing mapped through the descriptor can become writable in whatever
+ * process. *ret_noexec: 1 if nothing can become executable either (executing a granted page kills a PVH guest); that
+ * takes CAP_SYS_ADMIN and Linux 5.12. The descriptor is the caller's. */
+int sa_grants_open(const char *path, int *ret_fd, int *ret_noexec);
+
+/* Join runs whose pages follow one another, whatever their slots. ret_stretches (nruns entries): page, number of its
+ * first page among all pages of the runs, count. -EINVAL: a run without pages; -ERANGE: a number would overflow. */
+int sa_join_runs(const struct sa_run *runs, size_t nruns, struct sa_run *ret_stretches, size_t *ret_n);
+
+/* Map the grants of a file beside it, to be compared: runs (page of the file, first grant reference, count) of domain
+ * domid, through the descriptor device. One ioctl and one mmap for each stretch of pages that follow one another,
+ * SA_GRANTS_AT_ONCE pages at the most (half of that if not movable). movable: mappings of grants may be moved in this
+ * guest (PVH and HVM: yes; PV: no). A reference that is not ours, or no room in the hypervisor: -EINVAL. */
+int sa_grants_create(int device, uint32_t domid, const struct sa_run *runs, size_t nruns, int movable, sa_grants **ret);
+/* Unmaps what was not put in place. The caller closes device, after which a grant is let go with its last mapping. */
+void sa_grants_destroy(sa_grants *grants); /* NULL is fine */
+/* Mappings that they take in place. */
+size_t sa_grants_stretches(const sa_grants *grants);
+/* *ret_equal 1: every page is equal to its page of the file. -EINVAL after sa_grants_place. */
+int sa_grants_compare(const sa_grants *grants, int file, int *ret_equal);
+/* Put them under an existing mapping of the file, npages long; the way back is sa_map_file. Atomic for other threads,
+ * stretch by stretch. *ret_placed: stretches done; where one fails the file's pages are there, and later ones are what
+ * they were. Once only. A child of fork has holes where they are. */
+int sa_grants_place(sa_grants *grants, int device, void *base, uint64_t npages, int file, size_t *ret_placed);
+
+/* Map ioctls and mmaps of this process since its start, and the pages that they mapped. */
+void sa_grants_calls(uint64_t *ret_ioctls, uint64_t *ret_mmaps, uint64_t *ret_pages);
+
+/* ------------------------------------------------------------------------------------------------ ring.c */
+
+/* One side of two byte rings (one each way) in memory that a peer can write too, at any time and anything: the layout of
+ * libxenvchan (xen/include/public/io/libxenvchan.h). "left" carries bytes from client to server, "right" the other way.
+ * A ring holds 2^order bytes: order 10 lies in the control page at byte 1024, order 11 at byte 2048, so one ring of each
+ * pair at the most has each of these; orders 12 to 20 have pages of their own. For one thread at a time. */
+typedef struct sa_ring sa_ring;
+
+enum { SA_RING_SERVER = 0, SA_RING_CLIENT = 1 };
+enum { SA_RING_MIN_ORDER = 10, SA_RING_MAX_ORDER = 20 };
+/* WAITING: a server's client has not come yet. CLOSED is for ever: the peer has left, or says what makes no sense. */
+enum { SA_RING_WAITING = 0, SA_RING_OPEN = 1, SA_RING_CLOSED = 2 };
+
+/* Pages that a pair needs besides its control page, 0 for a ring inside it. -EINVAL: no such pair of orders. */
+int sa_ring_pages(uint32_t left_order, uint32_t right_order, uint32_t *ret_left, uint32_t *ret_right);
+/* Write a control page that waits for its first client. ret_control: 4096 bytes, aligned to 4. grants: references of the
+ * left ring's pages, then of the right ring's (NULL: all zero). */
+int sa_ring_format(uint8_t *ret_control, uint32_t left_order, uint32_t right_order, const uint32_t *grants);
+/* Take a side of a formatted pair. The ring keeps the three pointers, which must stay valid until it is destroyed: to
+ * the control page and to each ring's own pages (NULL: inside the control page). Writes nothing. */
+int sa_ring_create(int side, uint8_t *control, uint8_t *left, uint8_t *right, uint32_t left_order, uint32_t right_order,
+                   sa_ring **ret);
+void sa_ring_destroy(sa_ring *ring); /* NULL is fine. Says nothing to the peer. */
+/* Client: tell the server, through the control page, that it is here. An event has to follow. */
+void sa_ring_connect(sa_ring *ring);
+/* Tell the peer, through the control page, that this side has left. An event has to follow. */
+void sa_ring_hang_up(sa_ring *ring);
+int sa_ring_state(sa_ring *ring); /* SA_RING_* */
+/* Move bytes: as many as there are or fit, max at the most. Whoever gets or puts fewer than max has asked the peer for
+ * an event when there is more. *ret_notify 1: the peer asked for one; send it. -EPROTO: the peer's counters make no
+ * sense; nothing was moved. */
+int sa_ring_read(sa_ring *ring, uint8_t *ret_bytes, size_t max, size_t *ret_n, int *ret_notify);
+int sa_ring_write(sa_ring *ring, const uint8_t *bytes, size_t max, size_t *ret_n, int *ret_notify);
+
+/* ----------------------------------------------------------------------------------------------- vchan.c */
+
+/* A pair of rings between two Xen domains, with an event channel: what libxenvchan makes, through the devices under
+ * /dev/xen. The control page says that an end has left also when its process was killed. -ENOENT, -ENXIO or -ENODEV: a
+ * device is missing. */
+typedef struct sa_vchan sa_vchan;
+
+/* Server: allocate pages, granted to domain domid, and an event channel for it. -ENOSPC: the limit of xen-gntalloc. */
+int sa_vchan_serve(uint32_t domid, uint32_t read_order, uint32_t write_order, sa_vchan **ret);
+/* Client: connect to a server of domain domid. -EBUSY: its ring is not fresh (somebody was connected, or the server has
+ * left); -EPROTO: its control page makes no sense; -EINVAL: no such grant or port for us. Only a call that succeeds
+ * changes anything that the server sees. */
+int sa_vchan_connect(uint32_t domid, uint32_t ring_ref, uint32_t port, sa_vchan **ret);
+/* Tell the peer, and let everything go. NULL is fine. */
+void sa_vchan_destroy(sa_vchan *vchan);
+int sa_vchan_fd(const sa_vchan *vchan);            /* readable when an event is pending; stays the vchan's */
+uint32_t sa_vchan_ring_ref(const sa_vchan *vchan); /* of the control page */
+uint32_t sa_vchan_port(const sa_vchan *vchan);     /* in this domain */
+/* Take the pending event, if there is one, and let the next one come. Never waits. */
+int sa_vchan_drain(sa_vchan *vchan, int *ret_pending);
+int sa_vchan_state(sa_vchan *vchan); /* SA_RING_* */
+/* sa_ring_read, sa_ring_write, and the event that the peer asked for. */
+int sa_vchan_read(sa_vchan *vchan, uint8_t *ret_bytes, size_t max, size_t *ret_n);
+int sa_vchan_write(sa_vchan *vchan, const uint8_t *bytes, size_t max, size_t *ret_n);
+
 /* ------------------------------------------------------------------------------------------ grant_xen.c */
 
 /* The dom0 half of grants, and the area domain's memory. A table of grant entries is given as chunks of

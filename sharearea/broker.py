@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from . import fdstore, stats
 from .area.base import Area
-from .backend.base import Backend
+from .backend.base import Arrival, Backend
 from .backend.local import LocalBackend
 from .common import native, wire
 from .common.control import ControlServer
@@ -241,12 +241,15 @@ class Broker:
         self._watched = fd
 
     def _arrivals(self) -> None:
-        for came in self._backend.ready():
-            if isinstance(came, tuple):
-                self._connect(*came)
-            else:
-                self._feed(came)
+        self._take(self._backend.ready())
         self._watch_backend()
+
+    def _take(self, came: Iterable[Arrival | Event]) -> None:
+        for what in came:
+            if isinstance(what, Arrival):
+                self._connect(what.link, what.identity)
+            else:
+                self._feed(what)
 
     def _connect(self, link: Link, identity: Identity) -> None:
         self._next_peer += 1
@@ -322,9 +325,8 @@ class Broker:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        events, lost = self._backend.tick(now)
-        for event in events:
-            self._feed(event)
+        came, lost = self._backend.tick(now, self.engine.pools())
+        self._take(came)
         for pool in lost:
             self._replace(pool)
         self._watch_backend()
@@ -489,6 +491,10 @@ class Broker:
 
 
 def _backend(config: BrokerConfig, log: EventLog) -> Backend:
+    if config.backend == "xen":
+        from .backend.xen import XenBackend  # what other hosts have no use for
+
+        return XenBackend(config, log)
     return LocalBackend(config, log)
 
 

@@ -16,6 +16,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from .area.toolstack import Toolstack
+from .area.xen import remove, survey
 from .broker import Broker
 from .check import check_host
 from .common import __version__
@@ -81,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         place = sub.add_mutually_exclusive_group()
         place.add_argument("--socket", type=Path, metavar="PATH", help="the broker's status socket")
         _config_option(place)
+    _add_area(verbs)
     detach = verb("detach", "bring a domain back to its plain files, before it is saved or migrated", _detach)
     detach.add_argument(
         "--timeout", type=_seconds, default=30.0, metavar="SECONDS", help="how long to wait for it (default: 30)"
@@ -95,6 +98,29 @@ def _parser() -> argparse.ArgumentParser:
     demo = verb("demo", "share real files between real processes on this host and measure what it saves", run_demo)
     add_demo_arguments(demo)
     return parser
+
+
+def _add_area(verbs: Any) -> None:
+    text = "show and remove the area domains of this Xen host"
+    area = verbs.add_parser("area", help=text, description=text[0].upper() + text[1:] + ".")
+    words = area.add_subparsers(title="verbs", required=True, metavar="VERB")
+    text = "show every area domain: its memory, its grants, and how many of them guests have mapped"
+    shown = words.add_parser("list", help=text, description=text[0].upper() + text[1:] + ".")
+    shown.add_argument("--json", action="store_true", help="print JSON")
+    shown.set_defaults(run=_area_list)
+    text = "remove an area domain that no guest maps"
+    destroyed = words.add_parser(
+        "destroy",
+        help=text,
+        description="Remove an area domain. It is refused as long as a guest maps a page of it.",
+    )
+    destroyed.add_argument("area", metavar="POOL|UUID", help="whose area, or which")
+    destroyed.add_argument(
+        "--force",
+        action="store_true",
+        help="even if guests map pages: they keep those until they let go, and nobody can map anything new",
+    )
+    destroyed.set_defaults(run=_area_destroy)
 
 
 def _config_option(parser: Any) -> None:
@@ -258,6 +284,51 @@ def _files(options: argparse.Namespace) -> int:
         ),
         "no file is reported",
     )
+    return 0
+
+
+def _area_list(options: argparse.Namespace) -> int:
+    areas = list(survey(Toolstack()))
+    if options.json:
+        _print_json(
+            [
+                {
+                    "pool": area.domain.pool,
+                    "domid": area.domain.domid,
+                    "uuid": area.domain.uuid,
+                    "memory_bytes": area.domain.memory,
+                    "granted": area.granted,
+                    "mapped": area.mapped,
+                    "table_entries": area.table_entries,
+                    "table_max_entries": area.table_max_entries,
+                }
+                for area in areas
+            ]
+        )
+        return 0
+    _print_table(
+        _console(),
+        ("pool", "domid", "uuid", "memory", "granted", "mapped", "entries", "at most"),
+        (
+            (
+                area.domain.pool or "",
+                str(area.domain.domid),
+                area.domain.uuid,
+                _mib(area.domain.memory),
+                str(area.granted),
+                str(area.mapped),
+                str(area.table_entries),
+                str(area.table_max_entries),
+            )
+            for area in areas
+        ),
+        "no area domain",
+    )
+    return 0
+
+
+def _area_destroy(options: argparse.Namespace) -> int:
+    print(remove(Toolstack(), options.area, options.force))
     return 0
 
 

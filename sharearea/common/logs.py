@@ -37,6 +37,7 @@ EVENTS: Final[dict[str, tuple[str, str]]] = {
     "store.failed": ("error", "the store could not be written; nothing of the transaction is in force"),
     "domain.joined": ("info", "a domain shares in its pool"),
     "domain.refused": ("warning", "a domain may not share"),
+    "domain.unreachable": ("warning", "a domain offers rings that cannot be used"),
     "domain.left": ("info", "a domain's agent is gone; its grants are kept for the grace time"),
     "peer.strike": ("warning", "a peer sent what it must not"),
     "pool.paused": ("error", "nothing more is published for a while"),
@@ -67,6 +68,9 @@ EVENTS: Final[dict[str, tuple[str, str]]] = {
     "file.mismatch": ("error", "a consumer found other bytes in the area than in the file; the file stays plain"),
     "consumer.refused": ("warning", "a program sent what it must not; its files stay plain"),
     "consumer.hung": ("error", "a program does not put its plain files back while a writer waits"),
+    "mappings.limited": ("warning", "pages of the area cannot be shared with this guest's programs, or not safely"),
+    "domain.suspending": ("info", "this domain is about to be suspended; consumers go back to their plain files"),
+    "domain.restored": ("info", "this domain goes on as another one; what was shared is void, and begins anew"),
     "files.detached": ("info", "consumers go back to their plain files"),
     "files.reattached": ("info", "consumers may share again"),
 }

@@ -1,14 +1,15 @@
 """The native core, typed: the only module that imports the extension.
 
-Callers see ints, bytes and the two classes Segment and NativePageTable, never a pointer. Every -errno becomes an
-exception in one place (`_MEANINGS`). What the functions do is said once, in native/api.h; the docstrings here add the
-shapes of the Python side. A column is a packed array in this machine's (little-endian) byte order: a fingerprint column
-has 32 bytes per page, an id, slot or position column 4, a run column 8 (first, count) or 12 (page, slot, count).
+Callers see ints, bytes and the classes Segment, Grants, NativePageTable, Ring and Vchan, never a pointer. Every -errno
+becomes an exception in one place (`_MEANINGS`). What the functions do is said once, in native/api.h; the docstrings
+here add the shapes of the Python side. A column is a packed array in this machine's (little-endian) byte order: a
+fingerprint column has 32 bytes per page, an id, slot or position column 4, a run column 8 (first, count) or 12 (page,
+slot, count).
 
 Columns go in as any contiguous bytes-like object and are not copied, unless 32-bit numbers in them are not aligned to 4
 bytes. A column whose length is not a multiple of its element is a ValueError, and so is a number that does not fit its
-C type. The GIL is released in every call: buffers must not change meanwhile. Segment and NativePageTable hold a
-lock for the time of a call, so that close() in another thread waits.
+C type. The GIL is released in every call: buffers must not change meanwhile. The classes hold a lock for the time of a
+call, so that close() in another thread waits.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeAlias
 
 from .. import _native  # type: ignore[attr-defined]  # built; it has no source that mypy could read
-from .errors import AreaFull, Closed, HostError, NativeError, ShareareaError, TableFull
+from .errors import AreaFull, Closed, HostError, NativeError, ProtocolError, ShareareaError, TableFull
 
 ffi: Any = _native.ffi
 lib: Any = _native.lib
@@ -36,6 +38,7 @@ PAGE_SIZE: Final[int] = lib.SA_PAGE_SIZE
 FP_SIZE: Final[int] = lib.SA_FP_SIZE
 SEGMENT_HEADER: Final[int] = lib.SA_SEGMENT_HEADER
 SEED_SIZE: Final = 40
+GRANTS_AT_ONCE: Final[int] = lib.SA_GRANTS_AT_ONCE
 NO_SLOT: Final = 0xFFFFFFFF
 
 KERNEL_RUNS: Final[int] = lib.SA_KERNEL_RUNS
@@ -68,6 +71,9 @@ _NO_CACHESTAT = _Meaning(NativeError, "this kernel has no cachestat", "run Linux
 _NO_MEMORY = _Meaning(AreaFull, "the host has no memory for another segment")
 _NO_DESCRIPTOR = _Meaning(AreaFull, "no file descriptor is left for another segment", "raise the limit on open files")
 _TOO_MANY_MAPPINGS = _Meaning(NativeError, "this process has too many mappings", "raise vm.max_map_count")
+_NO_XEN = _Meaning(
+    HostError, "a device under /dev/xen is missing", "on Xen: modprobe xen-evtchn, xen-gntdev, in a guest xen-gntalloc"
+)
 _OUTSIDE_SEGMENT = _Meaning(NativeError, "slots outside the segment")
 _NO_FRAME = _Meaning(HostError, "a slot has no memory: the area domain is gone, or its segment closed")
 _IN_DOM0 = "run this as root in dom0 of a Xen host, with xen-utils installed and xen-privcmd loaded"
@@ -92,10 +98,33 @@ _MEANINGS: Final[dict[tuple[str, int], _Meaning]] = {
     ("sa_compare_runs", errno.ERANGE): _Meaning(NativeError, "a run lies outside the mapping"),
     ("sa_map_runs", errno.ENOMEM): _TOO_MANY_MAPPINGS,
     ("sa_map_file", errno.ENOMEM): _TOO_MANY_MAPPINGS,
+    ("sa_grants_open", errno.ENOENT): _Meaning(
+        HostError, "this system has no grant device", "run as a Xen guest, and load the module xen-gntdev"
+    ),
+    ("sa_grants_open", errno.EACCES): _Meaning(HostError, "no right to open the grant device", "run as root"),
+    ("sa_grants_create", errno.EINVAL): _Meaning(
+        NativeError, "a reference that is not granted to this domain, or the hypervisor has no room for more mappings"
+    ),
+    ("sa_grants_create", errno.ENOMEM): _TOO_MANY_MAPPINGS,
+    ("sa_grants_place", errno.ERANGE): _Meaning(NativeError, "a run lies outside the mapping"),
+    ("sa_grants_place", errno.ENOMEM): _TOO_MANY_MAPPINGS,
     ("sa_lease_take", errno.EAGAIN): _Meaning(NativeError, "somebody has the file open for writing"),
     ("sa_lease_take", errno.EACCES): _Meaning(
         NativeError, "no right to a lease on this file", "run as the file's owner or with CAP_LEASE"
     ),
+    ("sa_ring_*", errno.EPROTO): _Meaning(ProtocolError, "the peer's ring counters make no sense"),
+    ("sa_ring_*", errno.EINVAL): _Meaning(ValueError, "no rings have these orders"),
+    ("sa_vchan_*", errno.EPROTO): _Meaning(ProtocolError, "the peer's rings make no sense"),
+    ("sa_vchan_*", errno.ENOENT): _NO_XEN,
+    ("sa_vchan_*", errno.ENODEV): _NO_XEN,
+    ("sa_vchan_*", errno.ENXIO): _NO_XEN,
+    ("sa_vchan_*", errno.EACCES): _Meaning(HostError, "no right to the devices under /dev/xen", "run as root"),
+    ("sa_vchan_serve", errno.EINVAL): _Meaning(ValueError, "no rings have these orders, or no domain this number"),
+    ("sa_vchan_serve", errno.ENOSPC): _Meaning(
+        HostError, "xen-gntalloc has no pages left", "raise its parameter `limit`"
+    ),
+    ("sa_vchan_connect", errno.EBUSY): _Meaning(NativeError, "the rings do not wait for a client"),
+    ("sa_vchan_connect", errno.EINVAL): _Meaning(NativeError, "no such grant or event channel for this domain"),
     ("sa_area_open", errno.ELIBACC): _Meaning(HostError, "Xen's libraries cannot be loaded", _IN_DOM0),
     ("sa_area_open", errno.ENOENT): _Meaning(HostError, "there is no /dev/xen/privcmd", _IN_DOM0),
     ("sa_area_open", errno.EACCES): _Meaning(HostError, "no right to /dev/xen/privcmd", _IN_DOM0),
@@ -338,11 +367,15 @@ class _Owned:
         self._lock = threading.RLock()
         self._pointer = ffi.gc(pointer, destroy)
 
+    def _open(self) -> Any:
+        """The object itself. For callers that hold the lock."""
+        if self._pointer is None:
+            raise Closed(f"{type(self).__name__} is closed")
+        return self._pointer
+
     def _do(self, call: str, *args: object) -> int:
         with self._lock:
-            if self._pointer is None:
-                raise Closed(f"{type(self).__name__} is closed")
-            return _call(call, self._pointer, *args)
+            return _call(call, self._open(), *args)
 
     @property
     def closed(self) -> bool:
@@ -471,6 +504,87 @@ def compare_runs(buffer: mmap.mmap, npages: int, fd: int, runs: BytesLike) -> in
     with ffi.from_buffer("uint8_t[]", buffer) as base:
         _call("sa_compare_runs", ffi.cast("void *", base), npages, fd, triples, nruns, equal)
     return int(equal[0])
+
+
+# ---------------------------------------------------------------------------------------------------------- grants
+
+GRANT_DEVICE: Final = "/dev/xen/gntdev"
+
+
+class GrantCalls(NamedTuple):
+    """What this process has asked of the grant device since its start."""
+
+    map_ioctls: int
+    mmaps: int
+    pages: int
+
+
+def open_grant_device(path: str = GRANT_DEVICE) -> tuple[int, bool]:
+    """Open the grant device read only; the descriptor is the caller's.
+
+    Returns the descriptor, and whether nothing that is mapped through it can become executable, in whatever process (it
+    can never become writable). Raises HostError where there is no such device or no right to it.
+    """
+    fd, noexec = ffi.new("int *"), ffi.new("int *")
+    _call("sa_grants_open", os.fsencode(path), fd, noexec, about=path)
+    return int(fd[0]), bool(noexec[0])
+
+
+def grant_calls() -> GrantCalls:
+    """Return how many map ioctls and mmaps this process has made for grants, and for how many pages."""
+    ioctls, mmaps, pages = (ffi.new("uint64_t *") for _ in range(3))
+    lib.sa_grants_calls(ioctls, mmaps, pages)
+    return GrantCalls(int(ioctls[0]), int(mmaps[0]), int(pages[0]))
+
+
+def join_runs(runs: BytesLike) -> bytes:
+    """Join runs (page, slot, count) whose pages follow one another, whatever their slots.
+
+    Returns packed triples (page, number of its first page among all pages of the runs, count).
+    """
+    triples, nruns = _triples(runs)
+    joined, n = ffi.new("struct sa_run[]", nruns), ffi.new("size_t *")
+    _call("sa_join_runs", triples, nruns, joined, n)
+    return _taken(joined, 12 * int(n[0]))
+
+
+class Grants(_Owned):
+    """Pages of another domain, mapped beside a file to be compared with it and then put under its mapping.
+
+    runs: packed triples (page, first grant reference, count) of domain `domid`. `device` is a descriptor of the grant
+    device, which stays the caller's: a grant is let go when it is closed and the last mapping has gone. `movable`:
+    whether this kind of guest can move mappings of grants (PVH and HVM can, PV cannot). Raises NativeError; nothing is
+    mapped then.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, device: int, domid: int, runs: BytesLike, *, movable: bool) -> None:
+        ret = ffi.new("sa_grants **")
+        _call("sa_grants_create", device, domid, *_triples(runs), int(movable), ret)
+        super().__init__(ret[0], lib.sa_grants_destroy)
+
+    def stretches(self) -> int:
+        """Return how many mappings they take in place."""
+        return self._do("sa_grants_stretches")
+
+    def compare(self, fd: int) -> bool:
+        """Compare every page with its page of the file; may read disk. Not after place()."""
+        equal = ffi.new("int *")
+        self._do("sa_grants_compare", fd, equal)
+        return bool(equal[0])
+
+    def place(self, device: int, buffer: mmap.mmap, npages: int, fd: int) -> int:
+        """Put them under a mapping of the file (descriptor fd), whose first npages pages are the caller's. Once only.
+
+        Returns the stretches that were placed, which is all of them. Stays under the mapping after close();
+        map_file() is the way back, also after a NativeError, which may leave the first stretches in place.
+        """
+        _inside(buffer, npages)
+        placed = ffi.new("size_t *")
+        with ffi.from_buffer("uint8_t[]", buffer) as base:
+            self._do("sa_grants_place", device, ffi.cast("void *", base), npages, fd, placed)
+        return int(placed[0])
 
 
 # ---------------------------------------------------------------------------------------------------------- leases
@@ -688,6 +802,189 @@ class NativePageTable(_Owned):
 
 
 _MUCH: Final = 1 << 16
+
+
+# ----------------------------------------------------------------------------------------------------------- rings
+
+
+RING_SERVER: Final[int] = lib.SA_RING_SERVER
+RING_CLIENT: Final[int] = lib.SA_RING_CLIENT
+RING_WAITING: Final[int] = lib.SA_RING_WAITING
+RING_OPEN: Final[int] = lib.SA_RING_OPEN
+RING_CLOSED: Final[int] = lib.SA_RING_CLOSED
+
+_RING_READ: Final = 1 << 16  # bytes of one read
+_ring_scratch = threading.local()
+
+
+def _scratch_bytes() -> Any:
+    """One buffer for each thread: bytes are copied out of it before anything else happens."""
+    scratch = getattr(_ring_scratch, "bytes", None)
+    if scratch is None:
+        scratch = _ring_scratch.bytes = ffi.new("uint8_t[]", _RING_READ)
+    return scratch
+
+
+def _joined(buffers: Sequence[BytesLike]) -> Any:
+    """Pointer to the bytes of all buffers, one behind the other, up to what one write can take."""
+    if len(buffers) == 1:
+        return ffi.from_buffer("uint8_t[]", buffers[0])
+    parts: list[BytesLike] = []
+    size = 0
+    for buffer in buffers:
+        parts.append(buffer)
+        size += len(buffer)
+        if size >= _RING_READ:
+            break
+    return ffi.from_buffer("uint8_t[]", b"".join(parts))
+
+
+def ring_format(memory: mmap.mmap, left_order: int, right_order: int) -> int:
+    """Write a control page that waits for its first client at the start of `memory`; return the bytes of the pair.
+
+    Behind the control page lie the left ring's own pages, then the right ring's.
+    """
+    size = _ring_layout(left_order, right_order)[2]
+    if len(memory) < size:
+        raise ValueError(f"rings of orders {left_order} and {right_order} need {size} bytes, not {len(memory)}")
+    with ffi.from_buffer("uint8_t[]", memory, require_writable=True) as base:
+        _call("sa_ring_format", base, left_order, right_order, ffi.NULL)
+    return size
+
+
+def _ring_layout(left_order: int, right_order: int) -> tuple[int, int, int]:
+    left, right = ffi.new("uint32_t *"), ffi.new("uint32_t *")
+    _call("sa_ring_pages", left_order, right_order, left, right)
+    return int(left[0]), int(right[0]), (1 + int(left[0]) + int(right[0])) * PAGE_SIZE
+
+
+class Ring(_Owned):
+    """One side of two byte rings over memory that ring_format laid out. Events are the caller's.
+
+    `memory` must stay mapped until close(). A method that returns a flag says by it that the peer asked for an event.
+    Raises ProtocolError when the peer's counters make no sense.
+    """
+
+    __slots__ = ("_memory",)
+
+    def __init__(self, memory: mmap.mmap, side: int, left_order: int, right_order: int) -> None:
+        left, right, size = _ring_layout(left_order, right_order)
+        if len(memory) < size:
+            raise ValueError(f"rings of orders {left_order} and {right_order} need {size} bytes, not {len(memory)}")
+        self._memory = ffi.from_buffer("uint8_t[]", memory, require_writable=True)
+        ret = ffi.new("sa_ring **")
+        _call(
+            "sa_ring_create",
+            side,
+            self._memory,
+            self._memory + PAGE_SIZE if left else ffi.NULL,
+            self._memory + (1 + left) * PAGE_SIZE if right else ffi.NULL,
+            left_order,
+            right_order,
+            ret,
+        )
+        super().__init__(ret[0], lib.sa_ring_destroy)
+
+    def connect(self) -> None:
+        """Tell the server that its client is here; an event has to follow."""
+        with self._lock:
+            lib.sa_ring_connect(self._open())
+
+    def hang_up(self) -> None:
+        """Tell the peer that this side has left; an event has to follow."""
+        with self._lock:
+            lib.sa_ring_hang_up(self._open())
+
+    def state(self) -> int:
+        """Return RING_WAITING, RING_OPEN or, for ever, RING_CLOSED."""
+        return self._do("sa_ring_state")
+
+    def read(self) -> tuple[bytes, bool]:
+        """Take bytes that are there, 64 KiB at the most. Fewer: the peer sends an event when there are more."""
+        n, notify, scratch = ffi.new("size_t *"), ffi.new("int *"), _scratch_bytes()
+        self._do("sa_ring_read", scratch, _RING_READ, n, notify)
+        return _taken(scratch, int(n[0])), bool(notify[0])
+
+    def write(self, buffers: Sequence[BytesLike]) -> tuple[int, bool]:
+        """Put bytes; return how many went in, first to last. Fewer than all: the peer sends an event when it read."""
+        n, notify, data = ffi.new("size_t *"), ffi.new("int *"), _joined(buffers)
+        self._do("sa_ring_write", data, len(data), n, notify)
+        return int(n[0]), bool(notify[0])
+
+    def close(self) -> None:
+        """Let go of the memory; says nothing to the peer."""
+        with self._lock:
+            super().close()
+            ffi.release(self._memory)
+
+
+class Vchan(_Owned):
+    """Two byte rings and an event channel between this Xen domain and another: one end of what libxenvchan makes.
+
+    The peer is told when an end is closed, and also when its process is killed. Raises HostError where a device is
+    missing, ProtocolError when the peer's side makes no sense.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def serve(cls, domid: int, order_read: int = 16, order_write: int = 16) -> Self:
+        """Make rings of 2^order bytes that domain `domid` may map; `ring_ref` and `port` say where. For guests.
+
+        Raises HostError when xen-gntalloc has no pages left.
+        """
+        ret = ffi.new("sa_vchan **")
+        _call("sa_vchan_serve", domid, order_read, order_write, ret)
+        return cls(ret[0], lib.sa_vchan_destroy)
+
+    @classmethod
+    def connect(cls, domid: int, ring_ref: int, port: int) -> Self:
+        """Connect to a server in domain `domid`.
+
+        Raises NativeError with errno EBUSY when its rings have had their client or the server has left, another when
+        the grant or the port is not for us.
+        """
+        ret = ffi.new("sa_vchan **")
+        _call("sa_vchan_connect", domid, ring_ref, port, ret)
+        return cls(ret[0], lib.sa_vchan_destroy)
+
+    @property
+    def ring_ref(self) -> int:
+        """The grant reference of the control page."""
+        with self._lock:
+            return int(lib.sa_vchan_ring_ref(self._open()))
+
+    @property
+    def port(self) -> int:
+        """The event channel's port in this domain."""
+        with self._lock:
+            return int(lib.sa_vchan_port(self._open()))
+
+    def fileno(self) -> int:
+        """Return the event channel's descriptor: readable when an event is pending. It stays the vchan's."""
+        return self._do("sa_vchan_fd")
+
+    def drain(self) -> bool:
+        """Take the pending event, so that the next can come. Returns whether there was one. Never waits."""
+        pending = ffi.new("int *")
+        self._do("sa_vchan_drain", pending)
+        return bool(pending[0])
+
+    def state(self) -> int:
+        """Return RING_WAITING, RING_OPEN or, for ever, RING_CLOSED."""
+        return self._do("sa_vchan_state")
+
+    def read(self) -> bytes:
+        """Take bytes that are there, 64 KiB at the most. Fewer: an event comes when there are more."""
+        n, scratch = ffi.new("size_t *"), _scratch_bytes()
+        self._do("sa_vchan_read", scratch, _RING_READ, n)
+        return _taken(scratch, int(n[0]))
+
+    def write(self, buffers: Sequence[BytesLike]) -> int:
+        """Put bytes; return how many went in, first to last. Fewer than all: an event comes when the peer has read."""
+        n, data = ffi.new("size_t *"), _joined(buffers)
+        self._do("sa_vchan_write", data, len(data), n)
+        return int(n[0])
 
 
 # ------------------------------------------------------------------------------------------------- area domains

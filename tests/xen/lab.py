@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from .channel import PORT, ChannelError, CommandFailed, Machine
+from .channel import PATIENCE, PORT, ChannelError, CommandFailed, Machine
 from .images import ROOT, Images, build
 
 FOLDER: Final = ROOT / "build" / "xen"
@@ -104,7 +104,7 @@ class Lab:
             *("-kernel", str(images.xen), "-append", self._xen_options, "-initrd", kernel),
             *("-nic", f"user,model=virtio-net-pci,restrict=on,hostfwd=tcp:127.0.0.1:0-:{PORT}"),
         ]
-        for image in (images.dom0_root, *(images.guest_root for _ in DISKS)):
+        for image in (images.dom0_root, *(images.guest_root for _ in DISKS), images.guest_boot):
             words += ["-drive", f"file={image},if=virtio,format=raw,snapshot=on,cache=unsafe"]
         with (FOLDER / "qemu.log").open("wb") as log:
             self._process = subprocess.Popen(
@@ -126,7 +126,7 @@ class Lab:
             self.stop()
             raise
         self._save()
-        self._say(f"dom0 is up after {time.monotonic() - begun:.1f} s")
+        self._say(f"dom0 is up after {time.monotonic() - begun:.1f} s, {self.cpu_seconds():.0f} s of CPU")
 
     @classmethod
     def attach(cls, say: Say = print) -> Lab:
@@ -200,9 +200,16 @@ class Lab:
                 found = self.dom0.try_run(f"tail -c 200000 /var/log/xen/console/{name}", timeout=30)
                 (FOLDER / f"console-{name.removeprefix('guest-')}").write_bytes(found.data)
 
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that QEMU has used: what a step costs, however busy this machine is."""
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return 0.0
+
     def wait(self, what: str, done: Callable[[], Any], *, limit: float = 60, pause: float = 0.1) -> Any:
         """Ask `done()` until it says something true, and return that. LabError when the time is over or QEMU died."""
-        end = time.monotonic() + limit
+        end = time.monotonic() + limit * PATIENCE
         last = ""
         while True:
             try:
@@ -240,8 +247,8 @@ class Lab:
         """A guest, by its name."""
         return self.guests[name].machine
 
-    def create(self, name: str, kind: str, *, memory_mib: int = GUEST_MIB, wait: bool = True, **more: object) -> Guest:
-        """Make a guest with a disk of its own, and wait until it takes commands. `more`: lines of its xl.cfg."""
+    def create(self, name: str, kind: str, *, memory_mib: int = GUEST_MIB, wait: bool = True, uuid: str = "") -> Guest:
+        """Make a guest with a disk of its own, and wait until it takes commands. `uuid`: a chosen one."""
         taken = {guest.disk for guest in self.guests.values()}
         free = [disk for disk in DISKS if disk not in taken]
         if not free:
@@ -252,20 +259,21 @@ class Lab:
         lines: dict[str, object] = {
             "name": name,
             "type": kind,
-            "kernel": "/lab/vmlinuz",
-            "ramdisk": "/lab/guest.gz",
+            "kernel": "/lab/boot/vmlinux",
+            "ramdisk": "/lab/boot/guest.cpio",
             "extra": f"console=hvc0 quiet panic=0 lab.name={name} lab.address={address}",
             "memory": memory_mib,
             "maxmem": memory_mib,
             "vcpus": 1,
-            "disk": [f"phy:/dev/{guest.disk},xvda,w"],
-            "vif": [f"mac=00:16:3e:77:00:{number:02x},bridge=lab0"],
+            "disk": [f"format=raw,vdev=xvda,access=rw,script=/lab/hotplug,target={guest.disk}"],
+            "vif": [f"mac=00:16:3e:77:00:{number:02x},script=/lab/hotplug"],
             "on_crash": "preserve",
             "on_reboot": "preserve",
         }
         if kind == "pvh":
             lines["tsc_mode"] = "native"  # RDTSCP is reported as RDTSC by this emulator
-        lines |= more
+        if uuid:
+            lines["uuid"] = uuid
         text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items())
         self.dom0.put(f"/run/lab/{name}.cfg", text)
         self.dom0.run(f"xl create -q /run/lab/{name}.cfg", timeout=60)
