@@ -318,5 +318,8 @@ def test_without_the_devices_nothing_is_accepted(host: Host) -> None:
     with XenStore(host.server.path) as store:
         host.offer(3)
         listener = XenListener(store, clock=lambda: host.now)
+        listener.check()
+        select.select([listener], [], [], 20)
+        host.now += 0.3
         with pytest.raises(HostError, match=r"/dev/xen"):
             listener.check()
