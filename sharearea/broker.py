@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from . import fdstore, stats
 from .area.base import Area
-from .backend.base import Backend
+from .backend.base import Arrival, Backend
 from .backend.local import LocalBackend
 from .common import native, wire
 from .common.control import ControlServer
@@ -38,6 +38,7 @@ from .model import (
     CommitFailed,
     Committed,
     Disconnect,
+    DomainId,
     Event,
     Fill,
     Filled,
@@ -240,12 +241,15 @@ class Broker:
         self._watched = fd
 
     def _arrivals(self) -> None:
-        for came in self._backend.ready():
-            if isinstance(came, tuple):
-                self._connect(*came)
-            else:
-                self._feed(came)
+        self._take(self._backend.ready())
         self._watch_backend()
+
+    def _take(self, came: Iterable[Arrival | Event]) -> None:
+        for what in came:
+            if isinstance(what, Arrival):
+                self._connect(what.link, what.identity)
+            else:
+                self._feed(what)
 
     def _connect(self, link: Link, identity: Identity) -> None:
         self._next_peer += 1
@@ -321,9 +325,8 @@ class Broker:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        events, lost = self._backend.tick(now)
-        for event in events:
-            self._feed(event)
+        came, lost = self._backend.tick(now, self.engine.pools())
+        self._take(came)
         for pool in lost:
             self._replace(pool)
         self._watch_backend()
@@ -458,11 +461,40 @@ class Broker:
                     raise UsageError("files: `start` is a position from 0")
                 files = stats.file_snapshots(self.engine.pools(), start, _FILES_PER_ANSWER)
                 return {"files": files, "next": start + len(files) if len(files) == _FILES_PER_ANSWER else None}
+            case "detach" | "reattach" as verb:
+                pool, domain = self._find_domain(question)
+                self._perform(self.engine.detach(pool, domain, verb == "detach", now))
+                return stats.holding(self.engine.pools()[pool], domain)
+            case "holding":
+                pool, domain = self._find_domain(question)
+                return stats.holding(self.engine.pools()[pool], domain)
             case verb:
-                raise UsageError(f"no such question: {verb!r}", "status, pools, domains or files")
+                raise UsageError(
+                    f"no such question: {verb!r}", "status, pools, domains, files, detach, reattach or holding"
+                )
+
+    def _find_domain(self, question: dict[str, Any]) -> tuple[PoolId, DomainId]:
+        """Return the pool and the domain that a question names. Raises UsageError for one that no pool knows."""
+        domain, wanted = question.get("domain"), question.get("pool")
+        if type(domain) is not str or not (wanted is None or type(wanted) is str):
+            raise UsageError("`domain` is a text, and so is `pool` where it is there")
+        pools = self.engine.pools()
+        if wanted is not None and wanted not in pools:
+            raise UsageError(f"there is no pool {wanted}", f"the pools are {', '.join(pools)}")
+        found = [name for name, pool in pools.items() if wanted in (None, name) and stats.knows(pool, domain)]
+        if not found:
+            where = f"pool {wanted}" if wanted is not None else "any pool"
+            raise UsageError(f"there is no domain {domain} in {where}", "`sharearea domains` shows them")
+        if len(found) > 1:
+            raise UsageError(f"{domain} is in several pools: {', '.join(found)}", "say which one: --pool POOL")
+        return found[0], domain
 
 
 def _backend(config: BrokerConfig, log: EventLog) -> Backend:
+    if config.backend == "xen":
+        from .backend.xen import XenBackend  # what other hosts have no use for
+
+        return XenBackend(config, log)
     return LocalBackend(config, log)
 
 

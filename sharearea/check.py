@@ -1,6 +1,7 @@
-"""Probes of a host: what of sharearea will work here, what will not, and why. Asks the kernel, changes nothing.
+"""Probes of a host: what of sharearea will work here, what will not, and why. Asks kernel and Xen, changes nothing.
 
-Each probe tries the real thing on a scratch object and gives a Finding; the command line prints them.
+Each probe tries the real thing on a scratch object where there is one, and gives Findings; the command line prints
+them. On `local` broker and agents run on this host; on `xen` this is dom0, and what agents need is the guests' affair.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
+from .area.toolstack import HostInfo, HostLimits, Toolstack, paging_bytes, stub_path
 from .common import native
-from .common.errors import NativeError, ShareareaError
+from .common.errors import HostError, NativeError, ShareareaError
+from .common.units import size_text
 from .common.wire import PAGE_SIZE
 from .config import BrokerConfig
+from .policy import MAX_GRANTS, PoolRules
 
 Level = Literal["ok", "note", "fail"]
+
+_MAPTRACK_PER_FRAME: Final = 256  # entries (xen-lab; xen/common/grant_table.c)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +39,16 @@ class Finding:
     remedy: str = ""
 
 
-def check_host(config: BrokerConfig) -> list[Finding]:
-    """Probe everything that the broker and the agents of this configuration need on this host."""
+def check_host(config: BrokerConfig, toolstack: Toolstack | None = None) -> list[Finding]:
+    """Probe everything that the broker of this configuration, and on `local` its agents, need on this host."""
     findings: list[Finding] = []
-    for probe in (_kernel, _segment, _cachestat, _lease, _limits, _hash):
+    probes: tuple[Callable[[], Iterator[Finding]], ...] = (_kernel, _segment, _cachestat, _lease, _limits, _hash)
+    if config.backend == "xen":
+        probes = (_kernel, _hash, _devices, _libraries)
+    for probe in probes:
         findings += _guarded(probe)
+    if config.backend == "xen":
+        findings += _xen(config, toolstack or Toolstack())
     findings += _folders(config)
     findings += _policy(config)
     return findings
@@ -127,12 +138,148 @@ def _hash() -> Iterator[Finding]:
     yield Finding("ok", "fingerprints", f"{native.selected_hash_kernel()} is used ({text})")
 
 
+_NOT_DOM0: Final = "run this as root in dom0 of a Xen host, with xen-utils installed"
+
+
+def _devices() -> Iterator[Finding]:
+    lacking = []
+    for name, alternative in (("privcmd", ""), ("gntdev", ""), ("evtchn", ""), ("xenbus", "/run/xenstored/socket")):
+        path = Path("/dev/xen") / name
+        if not os.access(path, os.R_OK | os.W_OK) and not (alternative and os.access(alternative, os.R_OK | os.W_OK)):
+            lacking.append(str(path))
+    if lacking:
+        yield Finding(
+            "fail",
+            "devices",
+            f"{', '.join(lacking)}: not there, or no right to it",
+            f"{_NOT_DOM0}; modprobe xen-privcmd xen-gntdev xen-evtchn",
+        )
+    else:
+        yield Finding("ok", "devices", "hypercalls, grants, event channels and xenstore can be reached")
+
+
+def _libraries() -> Iterator[Finding]:
+    if not os.access("/dev/xen/privcmd", os.R_OK | os.W_OK):
+        return  # said already, and the libraries would say it on stderr
+    native.check_area_calls()
+    yield Finding("ok", "libraries", "libxenforeignmemory and libxencall are there, and Xen answers")
+
+
+def _xen(config: BrokerConfig, toolstack: Toolstack) -> list[Finding]:
+    try:
+        host, limits = toolstack.host(), toolstack.limits()
+    except HostError as error:
+        return [Finding("fail", "xen", error.message, error.hint or _NOT_DOM0)]
+    findings = [Finding("ok", "xen", f"Xen {host.release}")]
+    findings += _area_domains(host)
+    for rules in config.policy.pools.values():
+        findings += _grants(rules, limits)
+    findings += _memory(config, host)
+    return findings
+
+
+def _area_domains(host: HostInfo) -> Iterator[Finding]:
+    try:
+        stub_path()
+    except HostError as error:
+        yield Finding("fail", "area domains", error.message, error.hint)
+        return
+    if host.can_run_pvh:
+        yield Finding("ok", "area domains", "PVH domains can be created")
+        return
+    yield Finding(
+        "fail",
+        "area domains",
+        f"this host cannot create a PVH domain: Xen has {' '.join(sorted(host.virt_caps)) or 'no virtualisation'}",
+        "switch on VT-x with EPT, or SVM with NPT, in the firmware (nested virtualisation where Xen is itself a "
+        "guest), and do not start Xen with hap=0",
+    )
+
+
+def _grants(rules: PoolRules, limits: HostLimits) -> Iterator[Finding]:
+    """Say what the pool's grants can carry. An entry is one page mapped by one domain."""
+    host = limits.grant_frames * native.GRANTS_PER_FRAME
+    entries, one = rules.grant_limits(host)
+    pages, one = max(0, entries - native.GRANT_FIRST), min(one, max(0, entries - native.GRANT_FIRST))
+    area = rules.max_area_bytes // PAGE_SIZE
+    said = {"xenhypfs": "as Xen says", "command line": "as its command line says", "default": "Xen's default"}
+    subject = f"grants of {rules.name}"
+    text = (
+        f"{pages} pages can be mapped at a time, one for each page and domain ({_mib(pages)}), {one} by one domain "
+        f"({_mib(one)}); grant tables have up to {limits.grant_frames} frames ({said[limits.source]})"
+    )
+    if rules.max_grants > host:
+        yield Finding(
+            "note",
+            subject,
+            f"max_grants = {rules.max_grants}, but the host allows {host} entries; {text}",
+            f"gnttab_max_frames={_frames(rules.max_grants)} on Xen's command line",
+        )
+    elif pages < area * rules.k:
+        wanted = area * rules.k + native.GRANT_FIRST
+        remedy = f"gnttab_max_frames={_frames(wanted)} on Xen's command line" if wanted > host else ""
+        if rules.max_grants and rules.max_grants < wanted:
+            remedy += " and " * bool(remedy) + f"max_grants = {wanted}"
+        yield Finding(
+            "note",
+            subject,
+            f"{text}; an area of {size_text(rules.max_area_bytes)} that {rules.k} domains map wholly takes {wanted}",
+            remedy if wanted <= MAX_GRANTS else f"set max_area_bytes of pool {rules.name} lower",
+        )
+    else:
+        yield Finding("ok", subject, text)
+    yield from _maptrack(rules, limits, min(one, area))
+
+
+def _maptrack(rules: PoolRules, limits: HostLimits, wanted: int) -> Iterator[Finding]:
+    """Say what a guest can map, by the host's default; its own configuration may say otherwise (xl.cfg)."""
+    entries = limits.maptrack_frames * _MAPTRACK_PER_FRAME
+    text = (
+        f"a PVH guest can map {entries} pages ({_mib(entries)}), a PV guest, which uses two entries for each, "
+        f"{entries // 2} ({_mib(entries // 2)}); {limits.maptrack_frames} maptrack frames"
+    )
+    if entries // 2 < wanted:
+        yield Finding(
+            "note",
+            f"mappings in {rules.name}",
+            f"{text}: fewer than the {wanted} that one domain may be granted",
+            f"gnttab_max_maptrack_frames={-(-2 * wanted // _MAPTRACK_PER_FRAME)} on Xen's command line, or "
+            "max_maptrack_frames in the guest's configuration",
+        )
+    else:
+        yield Finding("ok", f"mappings in {rules.name}", text)
+
+
+def _memory(config: BrokerConfig, host: HostInfo) -> Iterator[Finding]:
+    wanted = sum(rules.max_area_bytes + paging_bytes(rules.max_area_bytes) for rules in config.policy.pools.values())
+    free = f"{host.free_memory >> 20} MiB of {host.total_memory >> 20} MiB are free"
+    if not config.policy.pools:
+        return
+    if wanted > host.free_memory:
+        yield Finding(
+            "note",
+            "memory",
+            f"{free}; the areas may come to {-(-wanted >> 20)} MiB, tables included; without room, publishing pauses",
+            "lower max_area_bytes, dom0_mem on Xen's command line, or the guests' memory; what guests give up comes "
+            'back with reclaim = "balloon"',
+        )
+    else:
+        yield Finding("ok", "memory", f"{free}; the areas may come to {-(-wanted >> 20)} MiB, tables included")
+
+
+def _frames(entries: int) -> int:
+    return -(-entries // native.GRANTS_PER_FRAME)
+
+
+def _mib(pages: int) -> str:
+    return f"{pages * PAGE_SIZE >> 20} MiB"
+
+
 def _folders(config: BrokerConfig) -> Iterator[Finding]:
-    for name, path in (
-        ("state_dir", config.state_dir),
-        ("socket", config.socket.parent),
-        ("status_socket", config.status_socket.parent),
-    ):
+    sockets = [("status_socket", config.status_socket.parent)]
+    if config.backend == "local":
+        sockets.insert(0, ("socket", config.socket.parent))
+    for name, path in (("state_dir", config.state_dir), *sockets):
         existing = next(folder for folder in (path, *path.parents) if folder.exists())
         if not os.access(existing, os.W_OK):
             yield Finding("fail", name, f"{existing} cannot be written", f"run as root, or set broker.{name}")
@@ -150,5 +297,15 @@ def _policy(config: BrokerConfig) -> Iterator[Finding]:
             "ok",
             f"pool {rules.name}",
             f"pages that {rules.k} domains hold, in files from {rules.min_file_bytes} bytes on; area up to "
-            f"{rules.max_area_bytes >> 20} MiB; {sum(rule.pool == rules.name for rule in config.policy.domains)} rules",
+            f"{rules.max_area_bytes >> 20} MiB; {sum(rule.pool == rules.name for rule in config.policy.domains)} rules"
+            f"{_reclaim(rules)}",
         )
+
+
+def _reclaim(rules: PoolRules) -> str:
+    if rules.reclaim == "off":
+        return ""
+    return (
+        f"; what domains give up is taken from them, down to {rules.reclaim_floor >> 20} MiB, and given back when "
+        f"less than {rules.reclaim_headroom >> 20} MiB are available in them"
+    )

@@ -6,19 +6,23 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 
+from .area.toolstack import Toolstack
+from .area.xen import remove, survey
 from .broker import Broker
 from .check import check_host
 from .common import __version__
 from .common.control import ask
-from .common.errors import HostError, ShareareaError
+from .common.errors import HostError, NotInTime, ShareareaError, UsageError
 from .common.logs import EventLog
 from .config import BrokerConfig
 from .demo import add_arguments as add_demo_arguments
@@ -79,9 +83,44 @@ def _parser() -> argparse.ArgumentParser:
         place = sub.add_mutually_exclusive_group()
         place.add_argument("--socket", type=Path, metavar="PATH", help="the broker's status socket")
         _config_option(place)
+    _add_area(verbs)
+    detach = verb("detach", "bring a domain back to its plain files, before it is saved or migrated", _detach)
+    detach.add_argument(
+        "--timeout", type=_seconds, default=30.0, metavar="SECONDS", help="how long to wait for it (default: 30)"
+    )
+    reattach = verb("reattach", "let a detached domain share again", _reattach)
+    for sub in (detach, reattach):
+        sub.add_argument("domain", metavar="DOMAIN", help="its name, as `sharearea domains` shows it")
+        sub.add_argument("--pool", metavar="POOL", help="its pool, where several have a domain of this name")
+        place = sub.add_mutually_exclusive_group()
+        place.add_argument("--socket", type=Path, metavar="PATH", help="the broker's status socket")
+        _config_option(place)
     demo = verb("demo", "share real files between real processes on this host and measure what it saves", run_demo)
     add_demo_arguments(demo)
     return parser
+
+
+def _add_area(verbs: Any) -> None:
+    text = "show and remove the area domains of this Xen host"
+    area = verbs.add_parser("area", help=text, description=text[0].upper() + text[1:] + ".")
+    words = area.add_subparsers(title="verbs", required=True, metavar="VERB")
+    text = "show every area domain: its memory, its grants, and how many of them guests have mapped"
+    shown = words.add_parser("list", help=text, description=text[0].upper() + text[1:] + ".")
+    shown.add_argument("--json", action="store_true", help="print JSON")
+    shown.set_defaults(run=_area_list)
+    text = "remove an area domain that no guest maps"
+    destroyed = words.add_parser(
+        "destroy",
+        help=text,
+        description="Remove an area domain. It is refused as long as a guest maps a page of it.",
+    )
+    destroyed.add_argument("area", metavar="POOL|UUID", help="whose area, or which")
+    destroyed.add_argument(
+        "--force",
+        action="store_true",
+        help="even if guests map pages: they keep those until they let go, and nobody can map anything new",
+    )
+    destroyed.set_defaults(run=_area_destroy)
 
 
 def _config_option(parser: Any) -> None:
@@ -188,6 +227,10 @@ def _domains(options: argparse.Namespace) -> int:
             "owned files",
             "mapped",
             "dropped",
+            "gave up",
+            "pays",
+            "net",
+            "taken",
             "agent memory",
             "ignored",
         ),
@@ -201,6 +244,10 @@ def _domains(options: argparse.Namespace) -> int:
                 str(domain.get("owned_files", "")),
                 _pages(domain.get("owned_pages", 0)),
                 _pages(domain.get("dropped_pages_total", 0)),
+                _mib(domain.get("given_up_bytes") or 0),
+                _mib(domain.get("share_bytes", 0)),
+                _mib(domain.get("net_bytes", 0)),
+                _mib(domain["taken_bytes"]) if "taken_bytes" in domain else "",
                 _mib(domain.get("agent_private_bytes", 0)),
                 " ".join(f"{code}: {n['files']}" for code, n in domain.get("ignored", {}).items()),
             )
@@ -240,6 +287,107 @@ def _files(options: argparse.Namespace) -> int:
     return 0
 
 
+def _area_list(options: argparse.Namespace) -> int:
+    areas = list(survey(Toolstack()))
+    if options.json:
+        _print_json(
+            [
+                {
+                    "pool": area.domain.pool,
+                    "domid": area.domain.domid,
+                    "uuid": area.domain.uuid,
+                    "memory_bytes": area.domain.memory,
+                    "granted": area.granted,
+                    "mapped": area.mapped,
+                    "table_entries": area.table_entries,
+                    "table_max_entries": area.table_max_entries,
+                }
+                for area in areas
+            ]
+        )
+        return 0
+    _print_table(
+        _console(),
+        ("pool", "domid", "uuid", "memory", "granted", "mapped", "entries", "at most"),
+        (
+            (
+                area.domain.pool or "",
+                str(area.domain.domid),
+                area.domain.uuid,
+                _mib(area.domain.memory),
+                str(area.granted),
+                str(area.mapped),
+                str(area.table_entries),
+                str(area.table_max_entries),
+            )
+            for area in areas
+        ),
+        "no area domain",
+    )
+    return 0
+
+
+def _area_destroy(options: argparse.Namespace) -> int:
+    print(remove(Toolstack(), options.area, options.force))
+    return 0
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 86400")
+    return seconds
+
+
+def _detach(options: argparse.Namespace) -> int:
+    console = _console()
+    end = time.monotonic() + options.timeout
+    question = {"domain": options.domain, "pool": options.pool}
+    holding = _ask(options, {"verb": "detach", **question})
+    question["pool"] = holding["pool"]
+    total = left = holding["held_pages"]
+    console.print(f"{options.domain}: asked to let go of {total} pages ({_pages(total)})", markup=False)
+    if not holding["connected"]:
+        console.print(f"{options.domain}: no agent is connected; its grants end with its grace time", markup=False)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("letting go", total=total)
+        while left and time.monotonic() < end:
+            time.sleep(0.1)
+            left = _held(options, question)
+            progress.update(bar, total=max(total, left), completed=max(total, left) - left)
+    if left:
+        raise NotInTime(
+            f"{options.domain} still holds {left} pages ({_pages(left)}) after {options.timeout:g} s: do not save it",
+            "it stays detached; run this again to wait on, and look at `sharearea-agent status` in the domain",
+        )
+    console.print(
+        f"{options.domain} is detached: it holds nothing of the area; `sharearea reattach {options.domain}` ends that",
+        markup=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _held(options: argparse.Namespace, question: dict[str, Any]) -> int:
+    """Return how many pages a domain holds; a domain that is not known any more holds none."""
+    try:
+        pages: int = _ask(options, {"verb": "holding", **question})["held_pages"]
+    except ShareareaError as error:
+        if error.exit_code != UsageError.exit_code:
+            raise
+        return 0
+    return pages
+
+
+def _reattach(options: argparse.Namespace) -> int:
+    _ask(options, {"verb": "reattach", "domain": options.domain, "pool": options.pool})
+    _console().print(f"{options.domain} may share again", markup=False)
+    return 0
+
+
 def _mib(size: int) -> str:
     return f"{size / (1 << 20):.1f}M"
 
@@ -274,8 +422,13 @@ def _print_table(console: Console, columns: Sequence[str], rows: Any, nothing: s
         console.print(nothing)
     else:
         console.print(table)
-        if "size" in columns or "area" in columns:
+        if "area" in columns:
             console.print("sizes in MiB; mapped, mappings: pages of the area; dropped: left the page cache, in all")
+        if "gave up" in columns:
+            console.print(
+                "sizes in MiB; gave up: own copies dropped of what is mapped; pays: part of the area's cost; net: the "
+                "difference; taken: memory target lowered by"
+            )
 
 
 def _print_json(value: object) -> None:

@@ -14,12 +14,24 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import compress, islice
 from typing import Any
 
 from .common import wire
 from .common.errors import ProtocolError, TableFull, UsageError
-from .grants import GrantLedger, GrantLimits, gather, handles, pairs, slots_of, spread, stretches
+from .grants import (
+    NO_SLOT,
+    GrantLedger,
+    GrantLimits,
+    compare,
+    first_pages,
+    gather,
+    handles,
+    last_pages,
+    pairs,
+    slot_stretches,
+    spread,
+)
 from .index import Content, Owner, PoolIndex
 from .model import (
     Action,
@@ -52,6 +64,7 @@ from .model import (
     Received,
     Revoke,
     Revoked,
+    SegmentClosed,
     Send,
     SendSegment,
     SlotNumber,
@@ -62,14 +75,14 @@ from .model import (
     WriteGrants,
 )
 from .pagetable import PageTable
-from .policy import Policy, PoolRules, Refusal
+from .policy import Policy, PoolRules, Refusal, domain_name
 
 _PAGE = wire.PAGE_SIZE
 _FP = wire.FINGERPRINT_SIZE
 _SWEEP = 256  # contents looked at in one step of a background sweep
-_NOBODY = 0xFFFFFFFF
-NO_SLOT = 0xFFFFFFFF
-"""In PoolSetup.entries: a frame that is no slot."""
+_ONES = bytes([0, 1]) + bytes(254)
+_OTHERS = bytes([1, 0]) + b"\1" * 254
+_PIECES = 32  # stretches of slots into which the pages of one Data message go where the area has no room in one piece
 _DRAIN = 64  # files of a domain that has left, forgotten in one step
 
 
@@ -156,15 +169,16 @@ class _Peer:
     segments: set[int] = field(default_factory=set)
     grantor: int | None = None  # the area's domain, once it was told
     stats: wire.AgentStats | None = None
+    stats_at: float = 0.0  # when they came
     ignored: dict[Verdict, list[int]] = field(default_factory=dict)  # reason -> [files, bytes]
 
 
 @dataclass(slots=True, eq=False)
 class _Pinned:
-    """Grants of one Xen domain that it has released and still maps: references and slots, pairwise."""
+    """Grants of one Xen domain that it has released and still maps (packed stretches, as in _Revoking)."""
 
-    refs: array[int]
-    slots: array[int]
+    refs: bytes
+    slots: bytes
     retry_at: float
 
 
@@ -193,11 +207,12 @@ class _Pool:
     offers_due: float = 0.0  # when the next one begins even if something is being published
     remarks: dict[DomainId, deque[Content]] = field(default_factory=dict)
     retry: dict[Content, float] = field(default_factory=dict)
-    undelivered: dict[Content, None] = field(default_factory=dict)  # no holder of these could deliver what was wanted
+    undelivered: dict[Content, None] = field(default_factory=dict)  # no holder could deliver; the last to fail is last
     reconsider_at: float | None = None
     reconsider: deque[Content] = field(default_factory=deque)
     emptying: set[int] = field(default_factory=set)
     moving: int | None = None
+    full: bool = False  # the area had no room for another segment: free slots are used in pieces
     looked_at: int = -1  # index.changed when segments were last looked at
     published_total: int = 0
     mismatched_total: int = 0
@@ -232,6 +247,7 @@ class _Granting:
     peer: PeerId
     pool: _Pool
     owners: tuple[OwnerSet, ...]
+    handles: tuple[bytes, ...]  # of each owner: what the domain is sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,12 +259,14 @@ class _Writing:
 
 @dataclass(frozen=True, slots=True)
 class _Revoking:
-    """Entries are being taken out of the table of grants: references and slots, pairwise."""
+    """Entries are being taken out of the table of grants: packed stretches of references and of their slots, in the
+    same order. NO_SLOT: a frame that is no slot, or whose mapping is not counted.
+    """
 
     pool: _Pool
     domid: int
-    refs: array[int]
-    slots: array[int]
+    refs: bytes
+    slots: bytes
     again: bool = False
 
 
@@ -307,30 +325,37 @@ class Engine:
             if record is None:
                 self._unsaved.append(PoolOpened(pool.name, pool.setup.area, pool.setup.slots_per_segment))
                 continue
-            self._save(pool.index.restore(record))
             pool.settle_at = now + self.settings.grace
             for (domain, _), owner in record.owners.items():
                 pool.absent[domain] = now + self.settings.grace
                 pool.domids[domain] = owner.domid
             if pool.ledger is not None:
-                self._reconcile_grants(pool, pool.ledger, record)
+                self._restore_granted(pool, pool.ledger, record)
+            else:
+                self._save(pool.index.restore(record)[0])
         return self._finish()
 
     def replace(self, name: PoolId, setup: PoolSetup, now: float) -> list[Action]:
         """Start a pool anew: its area is gone (`xen`: destroyed under way). Its domains have to connect again.
 
-        What guests have mapped of the old area stays good until they let go; they do when they hear of the new one.
+        Call it between events, when all actions are carried out and their outcomes handed in. What guests have mapped
+        of the old area stays good until they let go; they do when they hear of the new one.
         """
         self._now = now
         pool = self._pools[name]
-        for peer in list(pool.peers.values()):
+        for peer in pool.peers.values():
             self._send(peer.id, wire.Refused("area-lost", "the sharing area is gone; there is a new one", 200))
             self._act(Disconnect(peer.id))
             del self._peers[peer.id]
             self._offers.pop(peer.id, None)
         self._unsaved = [change for change in self._unsaved if change.pool != name]
         self._unsaved.append(PoolOpened(name, setup.area, setup.slots_per_segment))
-        self._pools[name] = self._make_pool(name, setup)
+        new = self._pools[name] = self._make_pool(name, setup)
+        # What the domains and the operator did stays as it was.
+        new.strikes, new.barred, new.detached, new.domids = pool.strikes, pool.barred, pool.detached, pool.domids
+        new.absent = dict.fromkeys((*pool.absent, *pool.peers), now + self.settings.grace)
+        new.published_total, new.granted_total = pool.published_total, pool.granted_total
+        new.mismatched_total = pool.mismatched_total
         self._log("area.lost", pool=name, domains=len(pool.peers), owners=len(pool.index.owners))
         return self._finish()
 
@@ -454,7 +479,7 @@ class Engine:
                     self._release(peer.pool, peer.domain, array("I", message.ids))
                     self._tally(peer.pool, "pages.released", peer.domain, files=len(message.ids) // 4)
                 case wire.AgentStats():
-                    peer.stats = message
+                    peer.stats, peer.stats_at = message, self._now
                 case wire.Pong():
                     peer.ping_sent = None
                 case _:
@@ -469,14 +494,14 @@ class Engine:
                 "protocol-version",
                 f"the agent speaks protocol {hello.protocol}, this broker {wire.PROTOCOL_VERSION}: "
                 "install the same version of both",
-                hello.name,
+                domain_name(peer.identity) or hello.name,
             )
             return
         admission = self.policy.admit(peer.identity, hello.name)
         if isinstance(admission, Refusal):
-            self._refuse(peer, admission.reason, admission.text, hello.name)
+            self._refuse(peer, admission.reason, admission.text, domain_name(peer.identity) or hello.name)
             return
-        pool, domain = self._pools[admission.pool], hello.name
+        pool, domain = self._pools[admission.pool], admission.domain
         if self._now < pool.barred.get(domain, 0.0):
             left = pool.barred[domain] - self._now
             self._refuse(
@@ -519,7 +544,7 @@ class Engine:
             ),
         )
         self._reconcile(peer, pool, array("I", hello.held))
-        self._log("domain.joined", domain=domain, pool=pool.name, rule=admission.rule.source, uid=peer.identity.uid)
+        self._log("domain.joined", domain=domain, pool=pool.name, rule=admission.rule.source, **_who(peer))
 
     def _reconcile(self, peer: _Peer, pool: _Pool, held: Iterable[FileId]) -> None:
         """Make the owners in the index and the grants that the agent says it uses the same (I6)."""
@@ -543,7 +568,7 @@ class Engine:
     def _refuse(self, peer: _Peer, reason: str, text: str, domain: str, retry: float = 0.0) -> None:
         self._send(peer.id, wire.Refused(reason, text[:1024], int(retry * 1000)))
         self._act(Disconnect(peer.id))
-        self._log("domain.refused", domain=domain, reason=reason, detail=text, uid=peer.identity.uid)
+        self._log("domain.refused", domain=domain, reason=reason, detail=text, **_who(peer))
         del self._peers[peer.id]
 
     def _expel(self, peer_id: PeerId, reason: str, text: str) -> None:
@@ -551,7 +576,7 @@ class Engine:
         peer = self._peers.get(peer_id)
         if peer is None:
             return
-        self._log("peer.strike", domain=peer.domain, reason=reason, detail=text, uid=peer.identity.uid)
+        self._log("peer.strike", domain=peer.domain, reason=reason, detail=text, **_who(peer))
         self._send(peer_id, wire.Refused(reason, text[:1024], int(self.settings.retry * 1000)))
         self._act(Disconnect(peer_id))
         self._on_closed(peer_id, reason)
@@ -858,6 +883,7 @@ class Engine:
         pool.index.table.unwant(pool.index.ids_at(job.content, job.positions))
         self._published(pool, job.content)
         if job.content.holders:
+            pool.undelivered.pop(job.content, None)
             pool.undelivered[job.content] = None
         # Even if this content is gone: while its pages were wanted, nobody could want them for another one.
         if pool.reconsider_at is None:
@@ -882,11 +908,25 @@ class Engine:
             pool.queue.append(_Job(content, missing, job.tried | {peer.domain}))
         if not positions:
             return
-        ids = pool.index.ids_at(job.content, positions)
-        want = pool.index.table.fps(ids)
-        first = pool.index.allocate(len(ids) // 4)
-        filling = _Filling(pool, _Job(job.content, positions, job.tried), ids, first, want, peer.domain)
-        self._act(Fill(self._wait(filling), pool.name, first, message.pages, want))
+        pages, at = memoryview(message.pages), 0
+        for first, count in self._room(pool, len(positions) // 4, _PIECES):
+            part = positions[at * 4 : (at + count) * 4]
+            ids = pool.index.ids_at(job.content, part)
+            want = pool.index.table.fps(ids)
+            filling = _Filling(pool, _Job(job.content, part, job.tried), ids, first, want, peer.domain)
+            data = bytes(pages[at * _PAGE : (at + count) * _PAGE])
+            self._act(Fill(self._wait(filling), pool.name, first, data, want))
+            job.content.publishing += at > 0
+            at += count
+        if at < len(positions) // 4:
+            job.content.publishing += 1
+            pool.queue.append(_Job(job.content, positions[at * 4 :], job.tried))
+
+    @staticmethod
+    def _room(pool: _Pool, count: int, most: int) -> list[tuple[SlotNumber, int]]:
+        """Return slots for pages as (first, count): one piece for all, or up to `most` pieces of a full area."""
+        found = pool.index.allocate_scattered(count, most) if pool.full else []
+        return found or [(pool.index.allocate(count), count)]
 
     def _on_filled(self, event: Filled) -> None:
         filling = self._waiting.pop(event.token, None)
@@ -899,7 +939,9 @@ class Engine:
             for i, ok in enumerate(event.ok):
                 if ok != 1:
                     want[i * _FP : i * _FP + _FP] = bytes(_FP)
-        self._save([pool.index.opened(*segment) for segment in event.opened])
+        if event.opened:
+            pool.full = False
+            self._save([pool.index.opened(*segment) for segment in event.opened])
         if bad < count:
             self._commit((pool.index.filled(filling.first, bytes(want)),), _Publishing(filling, event.ok))
         elif filling.job is not None:
@@ -927,6 +969,15 @@ class Engine:
         if isinstance(filling, _Filling):
             self._pause(filling.pool, "area-full", event.why)
             self._abandon(filling)
+            self._use_what_is_there(filling.pool)
+
+    @staticmethod
+    def _use_what_is_there(pool: _Pool) -> None:
+        """The area has no room for another segment: what is free in the others is used, wherever it is."""
+        if pool.index.reuse:
+            pool.full = True
+            pool.index.fill_again()
+            pool.emptying.clear()
 
     def _pause(self, pool: _Pool, reason: str, why: str) -> None:
         """Stop publishing for a while; what is queued is wanted again afterwards."""
@@ -945,8 +996,11 @@ class Engine:
             return
         self._committing = False
         for change in waiting.changes:
-            if isinstance(change, SlotsFreed) and change.pool in self._pools:
-                self._pools[change.pool].index.reusable(change.slots)
+            match change:
+                case SlotsFreed():
+                    self._pools[change.pool].index.reusable(change.slots)
+                case SegmentClosed():  # not before: an area that lacks a segment of the store is lost
+                    self._act(CloseSegment(change.pool, change.segment))
         match waiting.then:
             case _Publishing():
                 self._publish(waiting.then.filling, waiting.then.ok)
@@ -1020,7 +1074,8 @@ class Engine:
     def _on_attach(self, peer: _Peer, pool: _Pool, files: array[int]) -> None:
         holdings = pool.index.domains[peer.domain]
         denied: list[tuple[FileId, Verdict]] = []
-        owners: dict[FileId, OwnerSet] = {}
+        owners: list[OwnerSet] = []
+        handed: list[bytes] = []
         # Before anything is taken for one of them.
         if len(set(files)) < len(files):
             raise ProtocolError("Attach: a file is there twice")
@@ -1034,17 +1089,19 @@ class Engine:
                 denied.append((file, Verdict.DETACHED))
             else:
                 runs = pool.index.grantable(peer.domain, file)
-                refs = self._references(peer, pool, runs)
+                taken = self._take_references(peer, pool, runs)
                 if not runs:
                     denied.append((file, Verdict.NOTHING_SHARED))
-                elif refs is None:
+                elif taken is None:
                     denied.append((file, Verdict.GRANT_BUDGET))
                 else:
+                    runs, refs, sent = taken
                     domid = peer.identity.domid
-                    owners[file] = OwnerSet(pool.name, peer.domain, peer.instance, file, runs, domid, refs)
+                    owners.append(OwnerSet(pool.name, peer.domain, peer.instance, file, runs, domid, refs))
+                    handed.append(sent)
         self._deny(peer, denied)
         if owners:
-            granting = _Granting(peer.id, pool, tuple(owners.values()))
+            granting = _Granting(peer.id, pool, tuple(owners), tuple(handed))
             self._commit(granting.owners, granting)
 
     def _deny(self, peer: _Peer, denied: list[tuple[FileId, Verdict]]) -> None:
@@ -1053,15 +1110,26 @@ class Engine:
                 peer.id, wire.Denied(array("I", [file for file, _ in denied]).tobytes(), bytes(v for _, v in denied))
             )
 
-    def _references(self, peer: _Peer, pool: _Pool, runs: bytes) -> bytes | None:
-        """Take grant references for runs (packed (first, count)); None: beyond the budget. Empty without grants."""
+    def _take_references(self, peer: _Peer, pool: _Pool, runs: bytes) -> tuple[bytes, bytes, bytes] | None:
+        """Take grant references for the slots of runs; return runs, references and what the domain is sent.
+
+        None: the budget has not so many. Where free references are so scattered that a message cannot carry them all,
+        only the first pages are granted. Without grants (`local`) the domain is sent the runs.
+        """
         if pool.ledger is None or not runs:
-            return b""
+            return runs, b"", runs
         domid, pages = peer.identity.domid, sum(array("I", runs)[2::3])
         refs = pool.ledger.take(domid, pages)
         if refs is None:
             self._tally(pool, "grants.refused", peer.domain, files=1, pages=pages)
-        return refs
+            return None
+        sent = handles(runs, refs)
+        if len(sent) > wire.MAX_GRANT_RUNS * 12:
+            sent = sent[: wire.MAX_GRANT_RUNS * 12]
+            pages = sum(array("I", sent)[2::3])
+            pool.ledger.give_back(domid, last_pages(refs, pages))
+            runs, refs = first_pages(runs, pages), first_pages(refs, pages, width=2)
+        return runs, refs, sent
 
     def _granted(self, granting: _Granting) -> None:
         """The owners are in the store: the grants may be made."""
@@ -1071,10 +1139,8 @@ class Engine:
         if pool.ledger is None:
             self._hand_out(granting)
             return
-        slots, refs = array("I"), array("I")
-        for owner in granting.owners:
-            slots.extend(slots_of(owner.runs))
-            refs.extend(spread(owner.refs))
+        slots = spread(b"".join(slot_stretches(owner.runs) for owner in granting.owners))
+        refs = spread(b"".join(owner.refs for owner in granting.owners))
         token = self._wait(_Writing(granting))
         self._act(WriteGrants(token, pool.name, granting.owners[0].domid, slots.tobytes(), refs.tobytes()))
 
@@ -1084,42 +1150,38 @@ class Engine:
             self._hand_out(writing.granting)
 
     def _on_grants_failed(self, event: GrantsFailed) -> None:
-        """Nothing was written. The references stay taken: what is in their entries is not ours."""
+        """Nothing was written. What the entries hold instead only the area can say: it revokes them."""
         writing = self._waiting.pop(event.token, None)
         if not isinstance(writing, _Writing):
             return
         granting = writing.granting
         pool, peer = granting.pool, self._peers.get(granting.peer)
         self._log("grants.failed", pool=pool.name, detail=event.why, files=len(granting.owners))
-        for owner in granting.owners:
-            found = pool.index.disown(owner.domain, owner.file)
-            if found is not None:
-                self._save([found[1], *pool.index.unmap(slots_of(owner.runs))])
+        self._release(pool, granting.owners[0].domain, [owner.file for owner in granting.owners])
         if peer is not None:
             self._deny(peer, [(owner.file, Verdict.GRANT_BUDGET) for owner in granting.owners])
 
     def _hand_out(self, granting: _Granting) -> None:
-        """Send the handles."""
-        pool, pages = granting.pool, 0
-        peer = self._peers.get(granting.peer)
-        for owner in granting.owners if peer is not None else ():  # it may have left; its grace time ends these grants
-            assert peer is not None
-            runs = array("I", owner.runs)
-            pages += sum(runs[2::3])
+        """Send the handles. A peer may have left meanwhile; its grace time ends these grants."""
+        pool, peer = granting.pool, self._peers.get(granting.peer)
+        if peer is None:
+            return
+        pages = 0
+        for owner, sent in zip(granting.owners, granting.handles, strict=True):
+            slots = array("I", owner.runs)[1::3]
+            pages += sum(array("I", owner.runs)[2::3])
             if pool.ledger is not None:
-                (grantor, _) = pool.index.segments[runs[1] // pool.index.slots_per_segment]
+                (grantor, _) = pool.index.segments[slots[0] // pool.index.slots_per_segment]
                 if peer.grantor != grantor:
                     peer.grantor = grantor
                     self._send(peer.id, wire.Grantor(grantor))
-                self._send(peer.id, wire.Granted(owner.file, handles(owner.runs, owner.refs)))
-                continue
-            for segment in sorted({slot // pool.index.slots_per_segment for slot in runs[1::3]} - peer.segments):
-                self._act(SendSegment(peer.id, pool.name, segment))
-                peer.segments.add(segment)
-            self._send(peer.id, wire.Granted(owner.file, owner.runs))
+            else:
+                for segment in sorted({slot // pool.index.slots_per_segment for slot in slots} - peer.segments):
+                    self._act(SendSegment(peer.id, pool.name, segment))
+                    peer.segments.add(segment)
+            self._send(peer.id, wire.Granted(owner.file, sent))
         pool.granted_total += pages
-        if peer is not None:
-            self._tally(pool, "pages.granted", peer.domain, files=len(granting.owners), pages=pages)
+        self._tally(pool, "pages.granted", peer.domain, files=len(granting.owners), pages=pages)
 
     def _release(self, pool: _Pool, domain: DomainId, files: Iterable[FileId]) -> None:
         """End a domain's ownership of these files; those not owned are passed over."""
@@ -1133,15 +1195,13 @@ class Engine:
                 gone.setdefault(found[0].domid, []).append(found[0])
                 self._save([found[1]])
         for domid, owners in gone.items():
-            refs, slots = array("I"), array("I")
-            for owner in owners:
-                refs.extend(spread(owner.refs))
-                slots.extend(slots_of(owner.runs))
+            refs = b"".join(owner.refs for owner in owners)
+            slots = b"".join(slot_stretches(owner.runs) for owner in owners)
             self._revoke(_Revoking(pool, domid, refs, slots))
 
     def _revoke(self, revoking: _Revoking) -> None:
         if revoking.refs:
-            self._act(Revoke(self._wait(revoking), revoking.pool.name, revoking.refs.tobytes()))
+            self._act(Revoke(self._wait(revoking), revoking.pool.name, spread(revoking.refs).tobytes()))
 
     def _on_revoked(self, event: Revoked) -> None:
         """Entries that nobody maps are free now, and so may be their slots; the others stay pinned (I4)."""
@@ -1149,19 +1209,26 @@ class Engine:
         if not isinstance(revoking, _Revoking):
             return
         pool, domid = revoking.pool, revoking.domid
-        if pool.ledger is None or self._pools.get(pool.name) is not pool:
-            return
-        busy_refs, free_refs = _split(revoking.refs.tobytes(), event.busy)
-        busy_slots, free_slots = _split(revoking.slots.tobytes(), event.busy)
-        pool.ledger.give_back(domid, gather(array("I", free_refs)))
-        self._save(pool.index.unmap(_known(array("I", free_slots))))
-        if busy_refs:
+        assert pool.ledger is not None
+        busy = event.busy.count(1)
+        if busy == 0:
+            free, pinned = (revoking.refs, revoking.slots), (b"", b"")
+        elif busy == len(event.busy):
+            free, pinned = (b"", b""), (revoking.refs, revoking.slots)
+        else:
+            refs, slots = spread(revoking.refs), spread(revoking.slots)
+            others = event.busy.translate(_OTHERS)
+            free = _chosen(refs, others), _chosen(slots, others)
+            pinned = _chosen(refs, event.busy), _chosen(slots, event.busy)
+        pool.ledger.give_back(domid, free[0])
+        self._save(pool.index.unmap(_counted(free[1])))
+        if busy:
             if not revoking.again:
-                self._tally(pool, "grants.pinned", self._name_of(pool, domid), pages=len(busy_refs) // 4)
-            pinned = pool.pinned.setdefault(domid, _Pinned(array("I"), array("I"), 0.0))
-            pinned.refs.extend(array("I", busy_refs))
-            pinned.slots.extend(array("I", busy_slots))
-            pinned.retry_at = self._now + self.settings.pinned_retry
+                self._tally(pool, "grants.pinned", self._name_of(pool, domid), pages=busy)
+            mine = pool.pinned.setdefault(domid, _Pinned(b"", b"", 0.0))
+            mine.refs += pinned[0]
+            mine.slots += pinned[1]
+            mine.retry_at = self._now + self.settings.pinned_retry
 
     def _sweep_pinned(self, pool: _Pool) -> None:
         for domid in [domid for domid, pinned in pool.pinned.items() if self._now >= pinned.retry_at]:
@@ -1187,56 +1254,27 @@ class Engine:
             if domid in pool.pinned:
                 pool.pinned[domid].retry_at = self._now
 
-    def _reconcile_grants(self, pool: _Pool, ledger: GrantLedger, record: PoolRecord) -> None:
+    def _restore_granted(self, pool: _Pool, ledger: GrantLedger, record: PoolRecord) -> None:
         """Make the entries in the area's table and the owners in the store the same (I6).
 
         An owner one of whose entries is not there was never handed out: the broker died before. An entry that no
         owner has is one that was to be revoked: it goes now, or stays pinned.
         """
-        refs, domids, slots = (array("I", column) for column in pool.setup.entries)
-        size = max(refs, default=-1) + 1
-        domid_at, slot_at = array("I", [_NOBODY]) * size, array("I", [NO_SLOT]) * size
-        at = 0
-        for first, count in stretches(refs):
-            domid_at[first : first + count] = domids[at : at + count]
-            slot_at[first : first + count] = slots[at : at + count]
-            at += count
-        lost = 0
-        for domain, file in record.owners:
-            owner = pool.index.owners[domain, file]
-            expected, seen = slots_of(owner.runs), array("I")
-            whose = True
-            for first, count in pairs(owner.refs):
-                seen.extend(slot_at[first : first + count])
-                whose = whose and domid_at[first : first + count] == array("I", [owner.domid]) * count
-            if whose and seen == expected:
-                ledger.claim(owner.domid, owner.refs)
-                for first, count in pairs(owner.refs):
-                    domid_at[first : first + count] = array("I", [_NOBODY]) * count
-            else:
-                found = pool.index.disown(domain, file)
-                lost += 1
-                if found is not None:
-                    self._save([found[1], *pool.index.unmap(expected)])
-        left: dict[int, tuple[array[int], array[int]]] = {}
-        for ref in refs:
-            if domid_at[ref] != _NOBODY:
-                mine = left.setdefault(domid_at[ref], (array("I"), array("I")))
-                mine[0].append(ref)
-                mine[1].append(slot_at[ref])
-        for domid, (orphans, frames) in left.items():
-            ledger.claim(domid, gather(orphans))
-            known = _known(frames)
-            for first, count in stretches(known):
-                pool.index.free.remove(first, count)
-            try:
-                pool.index.map(known)
-            except ValueError:  # a slot that no record has: it is taken for good, and nothing is counted
-                frames = array("I", [NO_SLOT]) * len(frames)
-            self._revoke(_Revoking(pool, domid, orphans, frames))
-        if lost or left:
-            orphaned = sum(len(mine[0]) for mine in left.values())
-            self._log("grants.reconciled", pool=pool.name, owners_dropped=lost, entries_without_owner=orphaned)
+        lost, orphans = compare(record.owners.items(), pool.setup.entries)
+        reached = array("I")
+        for _, slots in orphans.values():
+            reached.extend(slots)
+        changes, reached = pool.index.restore(record, set(lost), reached)
+        self._save(changes)
+        for owner in pool.index.owners.values():
+            ledger.claim(owner.domid, owner.refs)
+        for domid, (refs, slots) in orphans.items():
+            counted, reached = reached[: len(slots)], reached[len(slots) :]
+            ledger.claim(domid, gather(refs))
+            self._revoke(_Revoking(pool, domid, gather(refs), gather(counted)))
+        if lost or orphans:
+            orphaned = sum(len(refs) for refs, _ in orphans.values())
+            self._log("grants.reconciled", pool=pool.name, owners_dropped=len(lost), entries_without_owner=orphaned)
 
     def detach(self, name: PoolId, domain: DomainId, on: bool, now: float) -> list[Action]:
         """Bring a domain's consumers back to their plain files, before it is saved or migrated; or end that.
@@ -1323,6 +1361,8 @@ class Engine:
             self._release(pool, domain, files[:_SWEEP])
             if len(files) <= _SWEEP:
                 del pool.absent[domain]
+                if domain not in pool.detached:
+                    pool.domids.pop(domain, None)
             if files:
                 self._tally(pool, "pages.released", domain, files=min(_SWEEP, len(files)))
         if pool.settle_at is not None and self._now >= pool.settle_at:
@@ -1357,11 +1397,12 @@ class Engine:
             if content.holders:
                 self._consider(pool, content)
         if pool.reconsider_at is not None and self._now >= pool.reconsider_at:
-            # The same pages may be in other contents, whose holders have them: those go first.
+            # The same pages may be in other contents, whose holders have them: those go first, and of the others the
+            # one whose turn is longest ago.
             pool.reconsider_at = None
+            pool.undelivered = {content: None for content in pool.undelivered if content.holders}
             pool.reconsider.extend(c for c in pool.index.all_contents() if c not in pool.undelivered)
             pool.reconsider.extend(pool.undelivered)
-            pool.undelivered.clear()
         for _ in range(min(_SWEEP, len(pool.reconsider))):
             content = pool.reconsider.popleft()
             if content.holders:
@@ -1413,9 +1454,10 @@ class Engine:
     def _move(self, pool: _Pool, segment: int, slots: bytes, ids: bytes) -> None:
         pool.moving = segment
         pool.index.empty(segment)
-        slots, ids = slots[: wire.MAX_FETCH_PAGES * 4], ids[: wire.MAX_FETCH_PAGES * 4]
+        count = min(len(ids) // 4, wire.MAX_FETCH_PAGES)
+        first, count = self._room(pool, count, 1)[0]
+        slots, ids = slots[: count * 4], ids[: count * 4]
         want = pool.index.hold(ids)
-        first = pool.index.allocate(len(ids) // 4)
         filling = _Filling(pool, None, ids, first, want, "")
         self._act(Move(self._wait(filling), pool.name, slots, first, want))
 
@@ -1429,7 +1471,6 @@ class Engine:
     def _close_segment(self, pool: _Pool, segment: int) -> None:
         pool.emptying.discard(segment)
         self._save([pool.index.close_segment(segment)])
-        self._act(CloseSegment(pool.name, segment))
         for peer in pool.peers.values():
             if segment in peer.segments:
                 peer.segments.discard(segment)
@@ -1452,14 +1493,26 @@ def _split(column: bytes, flags: bytes) -> tuple[bytes, bytes]:
     if flags.count(1) == len(flags):
         return column, b""
     values = array("I", column)
-    chosen = array("I", [v for v, flag in zip(values, flags, strict=True) if flag == 1])
-    others = array("I", [v for v, flag in zip(values, flags, strict=True) if flag != 1])
-    return chosen.tobytes(), others.tobytes()
+    chosen = array("I", compress(values, flags.translate(_ONES)))
+    return chosen.tobytes(), array("I", compress(values, flags.translate(_OTHERS))).tobytes()
 
 
-def _known(slots: array[int]) -> array[int]:
-    """Leave out what is no slot."""
-    return array("I", [slot for slot in slots if slot != NO_SLOT]) if slots.count(NO_SLOT) else slots
+def _who(peer: _Peer) -> dict[str, object]:
+    """Return what the log says of a peer besides its name."""
+    identity = peer.identity
+    return {"domid": identity.domid} if identity.backend == "xen" else {"uid": identity.uid}
+
+
+def _chosen(numbers: array[int], flags: bytes) -> bytes:
+    """Return, as packed stretches, the numbers whose flag is not 0."""
+    return gather(array("I", compress(numbers, flags)))
+
+
+def _counted(slots: bytes) -> bytes:
+    """Leave out, of packed stretches, what is no slot."""
+    if NO_SLOT not in array("I", slots)[0::2]:
+        return slots
+    return array("I", [n for stretch in pairs(slots) if stretch[0] != NO_SLOT for n in stretch]).tobytes()
 
 
 def _page_runs(content: Content, positions: bytes) -> bytes:

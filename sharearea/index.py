@@ -11,12 +11,12 @@ owner is a domain with grants for one of its files.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
 from .common import wire
-from .grants import Ranges, stretches
+from .grants import NO_SLOT, Ranges, gather, known, slots_of, stretches
 from .model import (
     Change,
     DomainId,
@@ -112,8 +112,9 @@ class PoolIndex:
         self.segments: dict[int, tuple[int, int]] = {}
         self.next_slot: SlotNumber = 0
         self.reuse = reuse
-        self.free = Ranges()  # slots that may be filled again, in segments that stay
+        self.free = Ranges(within=slots_per_segment)  # slots that may be filled again
         self.emptying: set[int] = set()  # segments that take no more pages
+        self.withheld = Ranges()  # slots of those that could be filled again
         self.changed = 0  # grows whenever slots are published or freed
         self.leaving: dict[DomainId, None] = {}
         self._owned: dict[DomainId, dict[FileId, None]] = {}  # the keys of `owners`, by domain
@@ -235,54 +236,62 @@ class PoolIndex:
         if not 0 < count <= self.slots_per_segment:
             raise ValueError(f"{count} slots do not fit into a segment")
         if self.reuse:
-            taken = self._take_stretch(count)
+            taken = self.free.take_stretch(count)
             if taken is not None:
                 return taken
         room = self.slots_per_segment - self.next_slot % self.slots_per_segment
         first = self.next_slot if count <= room else self.next_slot + room
         if self.reuse and first > self.next_slot:
-            self._add_free(self.next_slot, first - self.next_slot)
+            self._add_free([(self.next_slot, first - self.next_slot)])
         self.next_slot = first + count
         return first
 
-    def _take_stretch(self, count: int) -> SlotNumber | None:
-        """Take the lowest free slots that follow one another inside one segment."""
-        for start, length in self.free:
-            first = start
-            while first + count <= start + length:
-                end = (first // self.slots_per_segment + 1) * self.slots_per_segment
-                if first + count <= end:
-                    self.free.remove(first, count)
-                    return first
-                first = end
-        return None
+    def allocate_scattered(self, count: int, most: int) -> list[tuple[SlotNumber, int]]:
+        """Return up to `count` slots that can be filled again as (first, count): one stretch, else up to `most`."""
+        first = self.free.take_stretch(count)
+        return [(first, count)] if first is not None else self.free.take_some(count, most)
 
-    def _add_free(self, first: SlotNumber, count: int) -> None:
-        end = first + count
-        while first < end:
-            segment = first // self.slots_per_segment
-            part = min(end, (segment + 1) * self.slots_per_segment) - first
-            if segment in self.segments and segment not in self.emptying:
-                self.free.add(first, part)
-            first += part
+    def _add_free(self, found: list[tuple[SlotNumber, int]]) -> None:
+        """Take slots that may be filled again, unless their segment is gone or takes no more pages."""
+        per_segment = self.slots_per_segment
+        parts: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+        for first, count in found:
+            end = first + count
+            while first < end:
+                segment = first // per_segment
+                part = min(end, (segment + 1) * per_segment) - first
+                if segment in self.segments:
+                    parts[segment in self.emptying].append((first, part))
+                first += part
+        for ranges, part_of in zip((self.free, self.withheld), parts, strict=True):
+            if part_of:
+                ranges.add_all(part_of)
 
     def retract(self, first: SlotNumber, count: int) -> None:
         """Give back an allocation that was not used: without `reuse` only if it is still the last one."""
-        if self.next_slot == first + count:
+        if self.next_slot == first + count and first // self.slots_per_segment not in self.emptying:
             self.next_slot = first
         elif self.reuse:
-            self._add_free(first, count)
+            self._add_free([(first, count)])
 
     def reusable(self, slots: bytes) -> None:
         """Take note that the store knows: nothing is in these slots (packed) any more."""
         if self.reuse:
-            for first, count in stretches(array("I", slots)):
-                self._add_free(first, count)
+            self._add_free(list(stretches(array("I", slots))))
 
     def empty(self, segment: int) -> None:
-        """Put no more pages into a segment."""
-        self.emptying.add(segment)
-        self.free.remove(segment * self.slots_per_segment, self.slots_per_segment)
+        """Put no more pages into a segment, until `fill_again`."""
+        if self.reuse and segment not in self.emptying:
+            self.emptying.add(segment)
+            low, high = segment * self.slots_per_segment, (segment + 1) * self.slots_per_segment
+            self.withheld.add_all(self.free.cut_out(low, high))
+
+    def fill_again(self) -> None:
+        """Put pages into all segments again: there is no room for new ones."""
+        self.emptying.clear()
+        if self.withheld.count:
+            self.free.add_all(self.withheld)
+            self.withheld = Ranges()
 
     def publish(self, ids: bytes, slots: bytes) -> list[Change]:
         """Put pages into slots whose bytes are checked and whose record is in the store."""
@@ -346,13 +355,9 @@ class PoolIndex:
         del self._owned[domain][file]
         return owner, OwnerCleared(self.pool, domain, file)
 
-    def unmap(self, slots: array[int]) -> list[Change]:
-        """Take one mapping off each of these slots."""
-        return self._freed(self.table.unmap(_single(slots)))
-
-    def map(self, slots: array[int]) -> None:
-        """Count one mapping more of each of these slots: a grant that no owner has."""
-        self.table.map(_single(slots))
+    def unmap(self, slots: bytes) -> list[Change]:
+        """Take one mapping off each of these slots (packed (first, count))."""
+        return self._freed(self.table.unmap(_as_runs(slots)))
 
     def owned_by(self, domain: DomainId) -> list[FileId]:
         """Return the files that a domain has grants for."""
@@ -373,6 +378,7 @@ class PoolIndex:
         del self.segments[segment]
         self.emptying.discard(segment)
         self.free.remove(segment * self.slots_per_segment, self.slots_per_segment)
+        self.withheld.remove(segment * self.slots_per_segment, self.slots_per_segment)
         return SegmentClosed(self.pool, segment)
 
     def owners_in(self, segment: int) -> dict[DomainId, list[FileId]]:
@@ -386,38 +392,52 @@ class PoolIndex:
 
     # ------------------------------------------------------------------------------------------------------- restart
 
-    def restore(self, record: PoolRecord) -> list[Change]:
+    def restore(
+        self, record: PoolRecord, lost: Collection[tuple[DomainId, FileId]] = (), reached: array[int] | None = None
+    ) -> tuple[list[Change], array[int]]:
         """Start from what the store had, with every segment adopted. New slots come from a new segment.
 
         Restored pages are kept by a reference of their own until `settle`, so that they outlive the time in which the
-        agents report again. A page that a crash left in two slots stays in the later one. With `reuse`, slots that
-        no record has may be filled: the caller takes out (`free.remove`) what grants without an owner still reach.
+        agents report again. A page that a crash left in two slots stays in the later one. Owners in `lost` are
+        cleared. `reached`: slots that grants without an owner reach. Each counts as one mapping more, which `unmap`
+        ends; it is returned with NO_SLOT in the place of those that no record has. With `reuse`, slots that no record
+        has and nothing reaches may be filled.
         """
         self.segments.update(record.segments)
-        if self.reuse:
-            for segment in sorted(record.segments):
-                self._add_free(segment * self.slots_per_segment, self.slots_per_segment)
+        used = Ranges()
+        stretches_used: list[tuple[SlotNumber, int]] = []
         kept, left = bytearray(), bytearray()
         for first, fingerprints in sorted(record.slots.items()):
             for start, count in _used_stretches(fingerprints):
-                self.free.remove(first + start, count)
+                stretches_used.append((first + start, count))
                 ids = self.table.intern(fingerprints[start * 32 : (start + count) * 32])
                 left += self.table.publish(ids, array("I", range(first + start, first + start + count)).tobytes())
                 kept += ids
-        mapped: set[SlotNumber] = set()
+        used.add_all(stretches_used)
+        counted = array("I", [slot if used.holds(slot, 1) else NO_SLOT for slot in reached or ()])
+        changes: list[Change] = []
         for key, owner in record.owners.items():
+            if key in lost:
+                changes.append(OwnerCleared(self.pool, *key))
+                continue
             self.table.map(owner.runs)
             self._add_owner(*key, Owner(owner.instance, owner.runs, owner.domid, owner.refs))
-            if left:
-                runs = array("I", owner.runs)
-                mapped.update(
-                    slot for at in range(1, len(runs), 3) for slot in range(runs[at], runs[at] + runs[at + 1])
-                )
+        if counted:
+            self.table.map(_as_runs(gather(known(counted))))
         if record.segments:
             self.next_slot = (max(record.segments) + 1) * self.slots_per_segment
+        if self.reuse:
+            strays = Ranges()
+            strays.add_all(stretches(array("I", sorted(set(reached or ()) - set(counted)))))
+            self._add_free(used.gaps(0, self.next_slot))
+            for first, count in strays:
+                self.free.remove(first, count)
         self._restored = bytes(kept)
         self.changed += 1
-        return self._freed(array("I", [slot for slot in array("I", bytes(left)) if slot not in mapped]).tobytes())
+        if left:
+            mapped = {slot for owner in self.owners.values() for slot in slots_of(owner.runs)} | set(counted)
+            changes += self._freed(array("I", [slot for slot in array("I", left) if slot not in mapped]).tobytes())
+        return changes, counted
 
     def settle(self) -> list[Change]:
         """Let go of restored pages that nobody reported again."""
@@ -433,11 +453,11 @@ class PoolIndex:
         return [SlotsFreed(self.pool, slots)]
 
 
-def _single(slots: array[int]) -> bytes:
-    """Return slots as runs of one page each; the page number is of no account."""
-    runs = array("I", bytes(_RUN * len(slots)))
-    runs[1::3] = slots
-    runs[2::3] = array("I", [1]) * len(slots)
+def _as_runs(slots: bytes) -> bytes:
+    """Return slots (packed (first, count)) as runs; the page number is of no account."""
+    column = array("I", slots)
+    runs = array("I", bytes(len(slots) // (2 * _ID) * _RUN))
+    runs[1::3], runs[2::3] = column[0::2], column[1::2]
     return runs.tobytes()
 
 

@@ -3,18 +3,26 @@
 Run as `python -m tests.sim --seeds 0:2000` (or `--seed N --steps M --verbose`, or `--mutants`). A seed decides
 everything: the same seed takes the same steps. Every message is really encoded and decoded. The fakes are the clock,
 links, areas, file systems with leases, page caches, consumers, the runner of each agent and the broker's loop; these
-two do what runner.py and broker.py do with events and actions, in the same order. What is checked, and when:
+two do what runner.py and broker.py do with events and actions, in the same order. About half of the seeds are `local`,
+the others `xen`: there the area has a table of grants that does what Xen was seen to do (an entry that is mapped cannot
+be revoked, a mapping outlives its area, a domain's end clears its mappings at once), domains are destroyed, or saved
+and restored under another number, areas are destroyed, and consumers keep pages mapped that they have released. What
+is checked, and when:
 
-I1  every segment that a domain has, and every slot that a consumer maps, is its own pool's and was granted to it;
-I2  no slot is written once it has been published; a segment is written only by the broker that created it;
+I1  every segment that a domain has, and every slot that a consumer maps, is its own pool's and was granted to it; on
+    `xen` handles are references of entries that exist, for that domain, and lead to what it reported;
+I2  no slot is written once it has been published; a segment is written only by the broker that created it; on `xen` a
+    slot is written only when neither a page nor the store nor an entry has it, and a mapped page never changes;
 I3  at its publication, and at the end, a slot's bytes have the fingerprint that the table and the store have for it;
 I4  a slot of an area is published once; when it is freed, no consumer of a connected agent maps it, nor one of an agent
-    whose grace time has not ended;
+    whose grace time has not ended; on `xen` no entry reaches a slot that is freed, no reference is handed out while its
+    entry is there, and every slot of an open segment is taken, free, or about to be (none is lost);
 I5  a view equals the file page by page when it is made, and a file changes only when no view of it is left; left out
     are consumers that hang beyond the agent's patience, and those whose agent has died or hangs for too long;
 I6  after every step of the engine: owners in the index = owners in the store, slots taken = slots in the store (changes
     that a full store refused counted in); of a connected domain: owners = grants its agent holds, but for Granted and
-    Withdraw on the way to it and Release on the way from it;
+    Withdraw on the way to it and Release on the way from it; on `xen` the entries in the area's table = the owners and
+    what is pinned, the ledger counts the same, and an entry is written only when the store has its owner;
 I7  the engine and the agents never raise; actions per event are bounded; at rest every page that k domains can deliver
     is in the area, every file is offered, every consumer has what is offered; when all have left, nothing is left;
 I8  after a detach every consumer is on plain files.
@@ -45,10 +53,11 @@ from typing import Any, Final, cast
 
 from sharearea import engine as engine_module
 from sharearea.common import wire
-from sharearea.common.errors import ProtocolError
+from sharearea.common.errors import ProtocolError, UsageError
 from sharearea.common.native import NativePageTable
 from sharearea.engine import Engine, PoolSetup
 from sharearea.engine import Settings as EngineSettings
+from sharearea.grants import FIRST_REFERENCE, NO_SLOT, GrantLedger, GrantLimits, handles, slots_of, spread
 from sharearea.index import PoolIndex
 from sharearea.model import (
     Action,
@@ -58,10 +67,13 @@ from sharearea.model import (
     CommitFailed,
     Committed,
     Disconnect,
+    DomainGone,
     Event,
     Fill,
     Filled,
     FillFailed,
+    GrantsFailed,
+    GrantsWritten,
     Identity,
     Log,
     Malformed,
@@ -73,6 +85,8 @@ from sharearea.model import (
     PoolOpened,
     PoolRecord,
     Received,
+    Revoke,
+    Revoked,
     SegmentClosed,
     SegmentOpened,
     Send,
@@ -81,9 +95,10 @@ from sharearea.model import (
     SlotsFreed,
     Tick,
     Verdict,
+    WriteGrants,
 )
 from sharearea.pagetable import PageTable, ReferencePageTable
-from sharearea.policy import DomainRule, Policy, PoolRules
+from sharearea.policy import Admission, DomainRule, Policy, PoolRules, Refusal
 from sharearea.store import Store
 from sharearea_agent import agent as ag
 from sharearea_agent import consumer_wire as cw
@@ -138,8 +153,17 @@ def triples(runs: bytes) -> list[tuple[int, int, int]]:
     return list(zip(values[0::3], values[1::3], values[2::3], strict=True))
 
 
+@functools.lru_cache(maxsize=4096)
+def entries_of(runs: bytes, refs: bytes) -> dict[int, int]:
+    """Reference -> slot, of an owner's runs."""
+    return dict(zip(spread(refs), slots_of(runs), strict=True))
+
+
+sent_of = functools.lru_cache(maxsize=4096)(lambda runs, refs: handles(runs, refs) if refs else runs)
+
+
 def pages_of(runs: bytes) -> dict[int, int]:
-    """Page -> slot."""
+    """Page -> slot or reference."""
     return {page + i: slot + i for page, slot, count in triples(runs) for i in range(count)}
 
 
@@ -175,6 +199,15 @@ class Plan:
     symbols: int
     key_lost: float
     drop: bool
+    xen: bool
+    entries: tuple[int, ...]  # of the table of grants, for one broker and the next
+    per_domain: int
+    grant_failure: float
+    pin: float  # a consumer keeps pages mapped that it has let go of
+    strays: float  # entries that nobody of ours has written
+    destroy: float  # weights of steps
+    save: float
+    area_lost: float
 
     @classmethod
     def draw(cls, rng: random.Random) -> Plan:
@@ -217,6 +250,15 @@ class Plan:
             symbols=rng.choice((3, 8, 20)),
             key_lost=rng.choice((0.0, 0.3)),
             drop=rng.random() < 0.7,
+            xen=rng.random() < 0.5,
+            entries=rng.choice(((14, 20), (40, 24), (10_000,), (10_000,))),
+            per_domain=rng.choice((4, 12, 10_000, 10_000)),
+            grant_failure=faults * sometimes(0.3, 0.1),
+            pin=sometimes(0.6, 0.3),
+            strays=faults * sometimes(0.4, 0.5),
+            destroy=faults * sometimes(0.5, 0.6),
+            save=faults * sometimes(0.5, 0.8),
+            area_lost=faults * sometimes(0.4, 0.25),
         )
 
 
@@ -290,6 +332,38 @@ class Segment:
     slots: dict[int, bytes] = field(default_factory=dict)
 
 
+@dataclass(eq=False)
+class Entry:
+    """A grant in force. `mapped`: by how many mappings; above 0 Xen has set GTF_reading."""
+
+    area: XenArea
+    domid: int
+    slot: int  # NO_SLOT: a frame that is none
+    mapped: int = 0
+
+
+@dataclass(eq=False)
+class XenArea:
+    """An area domain: its frames are in Broker.areas, here are its number and its table of grants."""
+
+    pool: str
+    area: bytes
+    domid: int | None = None  # no domain before the first fill
+    entries: dict[int, Entry] = field(default_factory=dict)
+    destroyed: bool = False
+
+
+@dataclass(eq=False)
+class Mapping:
+    """A page of an area that a domain has mapped through a grant: it stays, whatever becomes of area and entry."""
+
+    entry: Entry
+    segment: Segment
+    inside: int
+    page: bytes
+    until: float = 0.0  # for one that outlives its release
+
+
 class CheckedTable:
     """A page table that watches what the engine does with it (I3, I4, k)."""
 
@@ -321,9 +395,12 @@ class CheckedTable:
             check(world.slot_fingerprint(self._pool, slot) == fp, "I3", "published with other bytes", slot)
             check(world.shadow[self._pool].slots.get(slot) == fp, "I6", "published but not in the store", slot)
             if self.restoring:
-                check(published.get(slot, fp) == fp, "I4", "restored with another page", slot)
+                # On `xen` the broker may have died between the record of a page and its publication.
+                same = world.plan.xen or published.get(slot, fp) == fp
+                check(same, "I4", "restored with another page", slot)
             else:
-                check(slot not in published, "I4", "published twice", slot)
+                again = slot in self.taken if world.plan.xen else slot in published
+                check(not again, "I4", "published twice", slot)
             published[slot] = fp
             if slot not in gone:
                 self.taken[slot] = fp
@@ -345,7 +422,7 @@ class CheckedTable:
 
     def map(self, runs: bytes) -> None:
         self._inner.map(runs)
-        published = self._world.published[self._area]
+        published = self._world.published.get(self._area, {})
         for slot in pages_of(runs).values() if runs else ():
             self.taken.setdefault(slot, published[slot])
 
@@ -374,6 +451,7 @@ class Link:
     broker_open: bool = True
     guest_open: bool = True
     cut: bool = False  # broken, and not both sides know it
+    told: list[wire.Message] = field(default_factory=list)  # Grantor
     reader_up: wire.FrameReader = field(default_factory=wire.FrameReader)
     reader_down: agent_wire.FrameReader = field(default_factory=agent_wire.FrameReader)
 
@@ -400,6 +478,9 @@ class Broker:
         self.tables: dict[str, CheckedTable] = {}
         self.keys: dict[str, tuple[bytes, bytes]] = {}
         self.left_at: dict[tuple[str, str], float] = {}
+        self.xen = {pool: XenArea(pool, b"") for pool in self.areas}
+        self.starts = 0
+        self.failed = False  # something that may be because an area is gone
         self.working = False
         for pool in self.areas:
             self._new_key(pool)
@@ -411,36 +492,21 @@ class Broker:
         world, plan = self.world, self.world.plan
         records = world.store.load()
         world.check_store(records)
-        lost = not plan.fd_store
+        self.starts += 1
         setups = {}
         for pool, segments in self.areas.items():
             record = records.get(pool)
             for segment in segments.values():
-                segment.writable = False
-            if (
-                lost
-                or record is None
-                or any(
-                    number not in segments or segments[number].ino != ino
-                    for number, (_, ino) in record.segments.items()
-                )
-            ):
+                segment.writable = plan.xen
+            if record is None or self._lost(pool, record):
+                self._new_area(pool)
                 record = None
-                segments.clear()
-                self.area_ids[pool] = world.random_bytes(16)
-                if world.chance(plan.key_lost):
-                    self._new_key(pool)
             else:
                 for number in [n for n in segments if n not in record.segments]:
                     del segments[number]
                 self.area_ids[pool] = record.area
-            key, epoch = self.keys[pool]
-            area = self.area_ids[pool]
-            make = cast(Callable[..., PageTable], NativePageTable if plan.native else ReferencePageTable)
-            inner = make(bytes(40), fingerprint(key, content_of(0)), plan.max_domains, plan.max_pages)
-            table = self.tables[pool] = CheckedTable(world, pool, area, inner)
-            table.restoring = True
-            setups[pool] = PoolSetup(area, epoch, key, plan.slots_per_segment, cast(PageTable, table), record)
+            setups[pool] = self._setup(pool, record)
+            self.tables[pool].restoring = True
         settings = EngineSettings(pending_pages=plan.pending_pages, fetches_per_peer=world.rng.choice((1, 4)))
         self.engine = Engine(world.policy, setups, world.file_root, settings)
         self.left_at = {(pool, guest.name): world.now for pool in setups for guest in world.guests}
@@ -448,16 +514,78 @@ class Broker:
         self._carry_out(lambda engine: engine.start(world.now))
         for table in self.tables.values():
             table.restoring = False
+        if plan.xen and self.engine is not None and world.chance(0.5):
+            owners = [owner for pool in self.engine.pools().values() for owner in pool.index.owners.values()]
+            for domid in sorted({owner.domid for owner in owners} - world.domids):
+                self.feed(DomainGone(domid))
+
+    def _lost(self, pool: str, record: PoolRecord) -> bool:
+        """Whether a segment that the store has is not there."""
+        segments = self.areas[pool]
+        if any(n not in segments or segments[n].ino != ino for n, (_, ino) in record.segments.items()):
+            return True  # area and record differ, for the broker died before the store knew of a new area
+        if not self.world.plan.xen:
+            return not self.world.plan.fd_store
+        return self.xen[pool].destroyed or record.area != self.xen[pool].area
+
+    def _new_area(self, pool: str) -> None:
+        world = self.world
+        self.areas[pool].clear()
+        self.area_ids[pool] = world.random_bytes(16)
+        self.xen[pool] = XenArea(pool, self.area_ids[pool])
+        if world.chance(world.plan.key_lost):
+            self._new_key(pool)
+
+    def _setup(self, pool: str, record: PoolRecord | None) -> PoolSetup:
+        world, plan = self.world, self.world.plan
+        key, epoch = self.keys[pool]
+        area = self.area_ids[pool]
+        make = cast(Callable[..., PageTable], NativePageTable if plan.native else ReferencePageTable)
+        inner = make(bytes(40), fingerprint(key, content_of(0)), plan.max_domains, plan.max_pages)
+        table = self.tables[pool] = CheckedTable(world, pool, area, inner)
+        limits, entries = None, (b"", b"", b"")
+        if plan.xen:
+            limits = GrantLimits(plan.entries[self.starts % len(plan.entries)], plan.per_domain)
+            if record is not None and world.faults and world.chance(plan.strays):
+                self._stray(pool, world.rng.randrange(FIRST_REFERENCE, 40))
+            found = sorted(self.xen[pool].entries.items())
+            entries = (
+                u32s(ref for ref, _ in found),
+                u32s(entry.domid for _, entry in found),
+                u32s(entry.slot for _, entry in found),
+            )
+        return PoolSetup(area, epoch, key, plan.slots_per_segment, cast(PageTable, table), record, limits, entries)
+
+    def _stray(self, pool: str, ref: int) -> None:
+        """An entry that no broker has written. Somebody may even have mapped it."""
+        entries = self.xen[pool].entries
+        entries.setdefault(ref, Entry(self.xen[pool], 9, NO_SLOT, int(self.world.chance(0.3))))
+
+    def destroy_area(self, pool: str) -> None:
+        """Somebody has destroyed the area domain: what is mapped stays mapped, anything new is refused."""
+        area = self.xen[pool]
+        if area.domid is not None:
+            self.world.say("area destroyed", pool)
+            area.destroyed = True
+
+    def _replace_areas(self) -> None:
+        for pool, area in self.xen.items():
+            if area.destroyed and self.engine is not None:
+                self._new_area(pool)
+                setup = self._setup(pool, None)
+                self._carry_out(functools.partial(Engine.replace, name=pool, setup=setup, now=self.world.now))
 
     def feed(self, event: Event) -> None:
         if self.engine is not None:
             self._carry_out(lambda engine: engine.handle(event, self.world.now), event)
+            if isinstance(event, Tick) or self.failed:
+                self._replace_areas()
 
     def _carry_out(self, first: Callable[[Engine], list[Action]], event: Event | None = None) -> None:
         """Carry out actions in order; hand an outcome back at once, and what follows from it goes to the end."""
         assert self.engine is not None
         world = self.world
-        self.working = True
+        self.working, self.failed = True, False
         try:
             work = deque(self._bounded(first(self.engine), event))
             while work:
@@ -478,14 +606,15 @@ class Broker:
         check(len(actions) < bound, "I7", f"{len(actions)} actions at once", type(event).__name__)
         return actions
 
-    def _crash_here(self) -> None:
-        if self.world.chance(self.world.plan.crash):
+    def _crash_here(self, weight: float = 1.0) -> None:
+        if self.world.chance(self.world.plan.crash * weight):
             raise Crash
 
     def crash(self) -> None:
         world = self.world
         world.say("broker crashes")
         self.engine = None
+        world.xenstore.items.clear()
         for link in list(self.links.values()):
             link.up.items.clear()
             for _ in range(world.rng.randrange(3)):
@@ -521,6 +650,10 @@ class Broker:
             case Move():
                 pages = b"".join(world.slot_bytes(action.pool, slot) for slot in ints(action.slots))
                 return self._fill(action.token, action.pool, action.first, pages, action.want)
+            case WriteGrants():
+                return self._write_grants(action)
+            case Revoke():
+                return self._revoke(action)
             case Commit():
                 if world.faults and world.chance(world.plan.commit_failure):
                     return CommitFailed(action.token, "full")
@@ -529,6 +662,10 @@ class Broker:
             case CloseSegment():
                 area = self.areas[action.pool]
                 check(action.segment in area, "I6", "a segment is closed that is not there", action.segment)
+                known = world.shadow[action.pool].segments
+                check(action.segment not in known, "I6", "a segment is closed that the store has", action.segment)
+                low = action.segment * world.plan.slots_per_segment
+                world.check_unreached(action.pool, range(low, low + world.plan.slots_per_segment), "is closed")
                 del area[action.segment]
             case Log():
                 world.say("log", action)
@@ -545,24 +682,83 @@ class Broker:
         count = len(want) // FP
         check(len(pages) == count * PAGE, "I7", "fill with pages of another number")
         check((first + count - 1) // per_segment == number, "I7", "a fill over the end of a segment", first, count)
-        full = number not in area and len(area) >= world.plan.max_segments and world.faults
-        if full or (world.faults and world.chance(world.plan.fill_failure)):
+        xen = self.xen[pool] if world.plan.xen else None
+        full = number not in area and len(area) >= world.plan.max_segments and (world.faults or xen is not None)
+        gone = xen is not None and xen.destroyed
+        if full or gone or (world.faults and world.chance(world.plan.fill_failure)):
+            self.failed = gone
             return FillFailed(token, "full")
         opened: tuple[tuple[int, int, int], ...] = ()
         if number not in area:
             world.inode += 1
             area[number] = Segment(pool, self.area_ids[pool], number, world.inode)
-            opened = ((number, 7, world.inode),)
+            if xen is not None and xen.domid is None:
+                xen.domid = world.new_domain()
+                world.grantors[xen.domid] = xen
+            opened = ((number, 7 if xen is None else xen.domid or 0, world.inode),)
         segment = area[number]
         check(segment.writable, "I2", "a segment of an earlier broker is written", number)
         published = world.published.get(self.area_ids[pool], {})
         ok = bytearray()
+        stored = world.shadow.get(pool, Shadow(b""))
+        in_store = stored.slots if stored.area == self.area_ids[pool] else {}
+        if xen is not None:
+            world.check_unreached(pool, range(first, first + count), "is written")
         for i in range(count):
-            check(first + i not in published, "I2", "a published slot is written", first + i)
+            if xen is not None:
+                check(first + i not in self.tables[pool].taken, "I2", "a slot in use is written", first + i)
+                check(first + i not in in_store, "I2", "the store has a slot in use", first + i)
+            else:
+                check(first + i not in published, "I2", "a published slot is written", first + i)
             page = pages[i * PAGE : i * PAGE + PAGE]
             segment.slots[(first + i) % per_segment] = page
             ok.append(fingerprint(key, page) == want[i * FP : i * FP + FP])
         return Filled(token, bytes(ok), opened)
+
+    def _write_grants(self, action: WriteGrants) -> Event:
+        world, area = self.world, self.xen[action.pool]
+        check(world.plan.xen, "I7", "grants on local")
+        slots, refs = ints(action.slots), ints(action.refs)
+        owned = {
+            (owner.domid, ref, slot)
+            for owner in world.shadow[action.pool].owners.values()
+            for ref, slot in entries_of(owner.runs, owner.refs).items()
+        }
+        for ref, slot in zip(refs, slots, strict=True):
+            check((action.domid, ref, slot) in owned, "I6", "an entry before its owner is in the store", ref)
+            check(ref >= FIRST_REFERENCE, "I4", "a reserved reference", ref)
+            check(ref not in area.entries, "I4", "a reference is handed out twice", ref)
+        if area.destroyed or (world.faults and world.chance(world.plan.grant_failure)):
+            self.failed = area.destroyed
+            if world.chance(world.plan.strays):
+                self._stray(action.pool, world.rng.choice(refs))
+            return GrantsFailed(action.token, "no table")
+        for ref, slot in zip(refs, slots, strict=True):
+            self._crash_here(0.2)
+            area.entries[ref] = Entry(area, action.domid, slot)
+        return GrantsWritten(action.token)
+
+    def _revoke(self, action: Revoke) -> Event:
+        """By compare-and-swap: what is mapped stays. Of a table that is gone nothing can be said."""
+        area = self.xen[action.pool]
+        refs = ints(action.refs)
+        if area.destroyed:
+            self.failed = True
+            return Revoked(action.token, b"\1" * len(refs))
+        busy = bytearray()
+        for ref in refs:
+            self._crash_here(0.2)
+            entry = area.entries.get(ref)
+            busy.append(entry is not None and entry.mapped > 0)
+            if not busy[-1]:
+                area.entries.pop(ref, None)
+        return Revoked(action.token, bytes(busy))
+
+    def detach(self, pool: str, domain: str, on: bool) -> None:
+        """The operator's wish."""
+        if self.engine is not None:
+            with contextlib.suppress(UsageError):
+                self._carry_out(lambda engine: engine.detach(pool, domain, on, self.world.now))
 
     def _send(self, peer: int, message: wire.Message, fd: Segment | None) -> Event | None:
         world = self.world
@@ -573,6 +769,8 @@ class Broker:
             self.close_link(link)
             return PeerClosed(peer, "its queue is full")
         frame = wire.BROKER_TO_AGENT.encode(message)
+        if isinstance(message, wire.Grantor):
+            link.told.append(message)
         world.check_sent(link, message, frame, fd)
         world.put(link.down, (frame, message, fd))
         return None
@@ -652,8 +850,20 @@ class View:
     pages: int
     size: int
     shared: dict[int, tuple[Segment, int]] = field(default_factory=dict)
+    mappings: list[Mapping] = field(default_factory=list)  # on `xen`, what is behind `shared`
     stale: bool = False  # the file has changed under it, as it may where the consumer or its agent hangs
     answered: str | None = None
+
+    def back(self, world: World) -> None:
+        """Put the file's own pages in the place of shared ones."""
+        self.shared, self.stale = {}, False
+        for mapping in self.mappings:
+            if world.chance(world.plan.pin):  # as a page in a pipe or under direct I/O
+                mapping.until = world.now + world.rng.choice((1.0, 10.0, 60.0))
+                world.pins.append(mapping)
+            else:
+                world.unmap(mapping)
+        self.mappings = []
 
 
 class Consumer:
@@ -697,11 +907,13 @@ class Consumer:
         self.send(cw.Open(self.next_handle, inode.size), inode)
 
     def close(self, handle: int) -> None:
-        del self.views[handle]
+        self.views.pop(handle).back(self.guest.world)
         self.send(cw.Close(handle))
 
     def die(self) -> None:
         self.alive = False
+        for view in self.views.values():
+            view.back(self.guest.world)
         self.views.clear()
         self.segments.clear()
         self.inbox.items.clear()
@@ -713,7 +925,7 @@ class Consumer:
             self.connected = False
             self.outbox.items.clear()
             for view in self.views.values():
-                view.shared, view.stale = {}, False
+                view.back(self.guest.world)
             self.segments.clear()
             return
         frame, fd = item
@@ -729,25 +941,34 @@ class Consumer:
                 if message.handle in self.views:
                     self.views[message.handle].answered = message.reason
             case cw.Share():
-                self._share(message)
+                self._share(message, fd)
             case cw.Unshare():
                 if message.handle in self.views:
-                    view = self.views[message.handle]
-                    view.shared, view.stale = {}, False
+                    self.views[message.handle].back(self.guest.world)
                 self.send(cw.LetGo(message.handle, message.generation))
 
-    def _share(self, share: cw.Share) -> None:
+    def _share(self, share: cw.Share, grantor: int | None) -> None:
         view = self.views.get(share.handle)
         if view is None:
             self.send(cw.Mapped(share.handle, share.generation, 0, cw.MAPPED_NO_ROOM))
             return
         world = self.guest.world
         view.answered = ""
-        view.shared, view.stale = {}, False
+        view.back(world)
         outcome = cw.MAPPED_DONE
         shared: dict[int, tuple[Segment, int]] = {}
         if view.inode.size != view.size or world.chance(0.03):
             outcome = cw.MAPPED_NO_ROOM
+        elif grantor is not None:
+            for page, ref in pages_of(share.runs).items():
+                mapping = world.map(self.guest, grantor, ref)
+                if mapping is None:
+                    outcome = cw.MAPPED_NO_ROOM
+                    break
+                view.mappings.append(mapping)
+                shared[page] = (mapping.segment, mapping.inside)
+                if page >= view.pages or mapping.page != content_of(view.inode.symbols[page]):
+                    outcome = cw.MAPPED_DIFFERENT
         else:
             for (page, slot, count), number in zip(triples(share.runs), ints(share.segments), strict=True):
                 segment = self.segments.get(number)
@@ -762,6 +983,7 @@ class Consumer:
             world.check_view(self, view)
         else:
             shared = {}
+            view.back(world)
             if outcome == cw.MAPPED_DIFFERENT:
                 # A Share that was read late is of a file that may have changed meanwhile, or that has been cut off.
                 whole = any(lease.guest is self.guest and lease.deadline is None for lease in view.inode.leases)
@@ -796,6 +1018,9 @@ class Guest:
         self.key = b""
         self.limits = (1, 1 << 40)
         self.segments: dict[int, tuple[int, Segment]] = {}  # number in the area -> (number for consumers, segment)
+        self.domid: int | None = None
+        self.grantor: int | None = None
+        self.save_at: float | None = None
         self.consumers: dict[int, Consumer] = {}
         self.next_consumer = 0
         self.programs: list[Consumer] = []
@@ -817,6 +1042,8 @@ class Guest:
 
     def start(self) -> None:
         world = self.world
+        if world.plan.xen and self.domid is None:
+            self.domid = world.new_domain()
         self.serial += 1
         self.instance = world.random_bytes(16)
         settings = ag.Settings(
@@ -858,6 +1085,46 @@ class Guest:
         for inode in world.inodes_of(self):
             inode.leases = [lease for lease in inode.leases if lease.guest is not self]
             world.writers_go_on(inode)
+
+    def destroy(self) -> None:
+        """`xen`: the domain ends, with all that runs in it. What is on its disk stays."""
+        world = self.world
+        if self.domid is None:
+            return
+        world.say(self.name, "is destroyed")
+        self.kill()
+        for program in self.programs:
+            program.alive = program.connected = False
+            program.inbox.items.clear()
+            program.outbox.items.clear()
+        inodes = world.inodes_of(self)
+        self.programs.clear()
+        world.end_domain(self.domid)
+        self.domid = self.save_at = None
+        self.stalled_until, self.stalled_long = -100.0, False
+        for inode in inodes:
+            inode.waiting.clear()
+            if inode.writing is not None:
+                inode.writing()
+            inode.resident = set()
+
+    def save(self) -> None:
+        """`xen`: the domain is saved, and restored as another one. Its programs go on, its mappings are void."""
+        world, self.save_at = self.world, None
+        if self.domid is None:
+            return
+        world.say(self.name, "is saved and restored")
+        world.end_domain(self.domid)
+        self.domid = world.new_domain()
+        self.stalled_until = world.now + world.rng.choice((0.5, 3.0, 10.0))
+        for program in self.programs:
+            for view in program.views.values():
+                view.stale = view.stale or bool(view.shared)
+                view.mappings = []
+        if self.link is not None:
+            world.cut(self)
+        if self.agent is not None:
+            world.put(self.worker, ("restored", None, ag.Reattach()))
 
     # ------------------------------------------------------------------------------------------------------- rounds
 
@@ -966,6 +1233,8 @@ class Guest:
             message = agent_wire.BROKER_TO_AGENT.decode(payload)
             if isinstance(message, agent_wire.Segment):
                 self._add_segment(message.segment, item[2])
+            elif isinstance(message, agent_wire.Grantor):
+                self.grantor = message.domid
             elif isinstance(message, agent_wire.Withdraw):
                 self.told.update(ints(message.ids))
             self.events.append(ag.FromBroker(message))
@@ -1128,6 +1397,11 @@ class Guest:
         consumer = self.consumers.get(action.consumer)
         if consumer is None:
             return
+        if self.world.plan.xen:
+            numbers = array("I", bytes(4 * (len(action.runs) // 12)))
+            share = cw.Share(action.handle, action.generation, action.runs, numbers.tobytes())
+            self._to_consumer(action.consumer, share, self.grantor)
+            return
         per_segment = self.world.plan.slots_per_segment
         runs, numbers = array("I"), array("I")
         given = self.given.setdefault(action.consumer, set())
@@ -1159,7 +1433,7 @@ class Guest:
             uses.difference_update({use for use in uses if use[0] == consumer.number})
         self.events.append(ag.ConsumerGone(consumer.number))
 
-    def _to_consumer(self, number: int, message: agent_wire.Message, fd: Segment | None = None) -> None:
+    def _to_consumer(self, number: int, message: agent_wire.Message, fd: Segment | int | None = None) -> None:
         consumer = self.consumers.get(number)
         if consumer is not None:
             self.world.put(consumer.inbox, (cw.AGENT_TO_CONSUMER.encode(message), fd))
@@ -1273,6 +1547,10 @@ class Liar:
         self.mute = world.chance(0.2)
         self.segments: dict[int, Segment] = {}
         self.granted: set[tuple[bytes, int]] = set()
+        self.domid = world.new_domain() if world.plan.xen else None
+        self.grantor: int | None = None
+        self.refs: list[int] = []
+        self.mappings: list[Mapping] = []
 
     def awake(self) -> bool:
         return True
@@ -1298,6 +1576,21 @@ class Liar:
                             self.wanted.append(file)
                 case agent_wire.Segment():
                     self.segments[message.segment] = item[2]
+                case agent_wire.Grantor():
+                    self.grantor = message.domid
+                case agent_wire.Granted():
+                    self.refs += pages_of(message.runs).values()
+
+    def _map(self) -> None:
+        """`xen`: map anything, as long as it likes."""
+        rng = self.world.rng
+        if self.mappings and rng.random() < 0.4:
+            self.world.unmap(self.mappings.pop(rng.randrange(len(self.mappings))))
+        elif self.grantor is not None:
+            ref = rng.choice(self.refs) if self.refs and rng.random() < 0.8 else rng.randrange(40)
+            mapping = self.world.map(self, self.grantor, ref)
+            if mapping is not None:
+                self.mappings.append(mapping)
 
     def _send(self, message: agent_wire.Message) -> None:
         if self.link is not None:
@@ -1309,6 +1602,8 @@ class Liar:
 
     def step(self) -> None:
         world, rng = self.world, self.world.rng
+        if self.domid is not None and world.chance(0.2):
+            self._map()
         if self.link is None:
             self.fetches.clear()
             self.wanted.clear()
@@ -1417,6 +1712,13 @@ class Liar:
 # ------------------------------------------------------------------------------------------------------------- a host
 
 
+class AnyBackend(Policy):
+    """The rules of `local` for everybody: which ones there are on `xen` is test_policy.py's business."""
+
+    def admit(self, identity: Identity, name: str) -> Admission | Refusal:
+        return super().admit(Identity("local", identity.uid), name)
+
+
 class World:
     """One host and one seed."""
 
@@ -1440,10 +1742,17 @@ class World:
         self.links: list[Link] = []
         self.joined: dict[str, set[str]] = {"p0": set(), "p1": set()}
         self.deadlines: list[float] = []  # of leases that are being broken
+        self.domids: set[int] = set()  # of domains that are there
+        self.last_domid = 0
+        self.grantors: dict[int, XenArea] = {}
+        self.mappings: dict[Mapping, None] = {}
+        self.pins: list[Mapping] = []
+        self.xenstore = Channel("xenstore->broker", self._domain_gone, lambda: self.broker.engine is not None)
+        self.channels.append(self.xenstore)
         self.steps = 0
         self.digest = hashlib.blake2b(digest_size=8)
         plan = self.plan
-        self.policy = Policy(
+        self.policy = AnyBackend(
             {
                 name: _rules(name, k, plan.max_domains, plan.max_files, plan.max_bytes, plan.max_pages)
                 for name, k in plan.k.items()
@@ -1495,6 +1804,55 @@ class World:
         self.roots[root] = fingerprints
         return root
 
+    # ------------------------------------------------------------------------------------------------------------ xen
+
+    def new_domain(self) -> int:
+        self.last_domid += 1
+        self.domids.add(self.last_domid)
+        return self.last_domid
+
+    def end_domain(self, domid: int) -> None:
+        """Xen clears what a domain has mapped before its number is free; the broker hears of it later."""
+        self.domids.discard(domid)
+        for mapping in [mapping for mapping in self.mappings if mapping.entry.domid == domid]:
+            self.unmap(mapping)
+        self.put(self.xenstore, domid)
+
+    def _domain_gone(self, domid: int) -> None:
+        self.broker.feed(DomainGone(domid))
+
+    def map(self, guest: Guest | Liar, grantor: int, ref: int) -> Mapping | None:
+        """Xen maps what is granted to this very domain by a domain that is there."""
+        area = self.grantors[grantor]
+        entry = area.entries.get(ref)
+        if entry is None or area.destroyed or entry.domid != guest.domid or entry.slot == NO_SLOT:
+            return None
+        check(area.pool == guest.pool, "I1", "a grant of another pool's area", guest.name)
+        number, inside = divmod(entry.slot, self.plan.slots_per_segment)
+        segment = self.broker.areas[guest.pool].get(number)
+        check(segment is not None, "I4", "a grant of a segment that is not there", entry.slot)
+        assert segment is not None
+        entry.mapped += 1
+        mapping = Mapping(entry, segment, inside, segment.slots[inside])
+        self.mappings[mapping] = None
+        return mapping
+
+    def unmap(self, mapping: Mapping) -> None:
+        if mapping in self.mappings:
+            del self.mappings[mapping]
+            mapping.entry.mapped -= 1
+
+    def _unpin(self, all_of_them: bool = False) -> None:
+        for mapping in self.pins:
+            if all_of_them or mapping.until <= self.now:
+                self.unmap(mapping)
+        self.pins = [mapping for mapping in self.pins if mapping in self.mappings]
+
+    def check_unreached(self, pool: str, slots: range, what: str) -> None:
+        """I4: a slot that no entry of the table leads to."""
+        for ref, entry in self.broker.xen[pool].entries.items():
+            check(entry.slot not in slots, "I4", f"a slot that a grant reaches {what}", entry.slot, ref)
+
     def known_content(self) -> list[int]:
         if self.chance(0.7):
             return list(self.rng.choice(self.templates))
@@ -1525,6 +1883,8 @@ class World:
         broker = self.broker
         if broker.engine is None or broker.working or (self.faults and self.chance(0.05)):
             return None
+        if self.plan.xen and guest.domid is None:
+            return None
         self.peer += 1
         peer = self.peer
         up = Channel(
@@ -1536,7 +1896,8 @@ class World:
         self.links = [old for old in self.links if old not in ended] + [link]
         self.channels = [c for c in self.channels if not any(c in (old.up, old.down) for old in ended)] + [up, down]
         broker.links[peer] = link
-        broker.feed(PeerConnected(peer, Identity("local", guest.uid)))
+        backend = "xen" if self.plan.xen else "local"
+        broker.feed(PeerConnected(peer, Identity(backend, guest.uid, guest.domid or 0, guest.name)))
         return link if link.broker_open else None
 
     # ---------------------------------------------------------------------------------------------------------- store
@@ -1567,8 +1928,7 @@ class World:
             check(record.area == shadow.area, "I6", "another area in the store")
             check(slots == shadow.slots, "I6", "other slots in the store", pool)
             check(set(record.segments) == shadow.segments, "I6", "other segments in the store", pool)
-            owners = {key: (owner.instance, owner.runs) for key, owner in record.owners.items()}
-            check(owners == shadow.owners, "I6", "other owners in the store", pool)
+            check(record.owners == shadow.owners, "I6", "other owners in the store", pool)
 
     # --------------------------------------------------------------------------------------------------------- checks
 
@@ -1588,9 +1948,13 @@ class World:
                         apply_change(shadow, change, self.plan.slots_per_segment)
                     elif change.area != shadow.area:
                         shadow = Shadow(change.area)
-            owners = {key: (owner.instance, owner.runs) for key, owner in index.owners.items()}
-            if owners != shadow.owners:
-                check(False, "I6", "owners in index and store differ", name, list(owners), list(shadow.owners))
+            same = index.owners.keys() == shadow.owners.keys() and all(
+                (owner.instance, owner.runs, owner.domid, owner.refs)
+                == (set_.instance, set_.runs, set_.domid, set_.refs)
+                for owner, set_ in ((owner, shadow.owners[key]) for key, owner in index.owners.items())
+            )
+            if not same:
+                check(False, "I6", "owners in index and store differ", name, list(index.owners), list(shadow.owners))
             taken = self.broker.tables[name].taken
             if taken != shadow.slots:
                 check(False, "I6", "slots in index and store differ", name, sorted(taken), sorted(shadow.slots))
@@ -1601,6 +1965,8 @@ class World:
                 "I6",
                 "the index has a segment the area has not",
             )
+            if self.plan.xen:
+                self.check_grants(pool, unsaved)
             for domain, holdings in index.domains.items():
                 check(len(holdings.files) <= pool.rules.max_files, "I7", "more files than the quota", domain)
                 check(holdings.size_bytes <= pool.rules.max_bytes, "I7", "more bytes than the quota", domain)
@@ -1612,6 +1978,46 @@ class World:
                 link = self.broker.links.get(peer.id)
                 if link is not None and isinstance(link.guest, Guest):
                     self.check_owners(link.guest, pool)
+
+    def check_grants(self, pool: Any, unsaved: list[Change]) -> None:
+        """I4 and I6 on `xen`, after every step of the engine: the table has what the index and the ledger think."""
+        name, index, ledger = pool.name, pool.index, pool.ledger
+        area = self.broker.xen[name]
+        if area.destroyed:
+            return  # and the broker does not know yet
+        expected: dict[int, tuple[int, int]] = {}
+        total = 0
+        for (domain, _), owner in index.owners.items():
+            mine = entries_of(owner.runs, owner.refs)
+            total += len(mine)
+            expected.update((ref, (owner.domid, slot)) for ref, slot in mine.items())
+            peer = pool.peers.get(domain)
+            check(peer is None or peer.identity.domid == owner.domid, "I6", "an owner under another domid", domain)
+        for domid, pinned in pool.pinned.items():
+            refs, slots = spread(pinned.refs), spread(pinned.slots)
+            total += len(refs)
+            expected.update((ref, (domid, slot)) for ref, slot in zip(refs, slots, strict=True))
+        check(total == len(expected), "I4", "two grants under one reference", name)
+        if area.entries.keys() != expected.keys():
+            check(False, "I6", "other entries than owners", name, sorted(area.entries.keys() ^ expected.keys()))
+        counts: Counter[int] = Counter()
+        for ref, (domid, slot) in expected.items():
+            entry = area.entries[ref]
+            counts[domid] += 1
+            stray = entry.slot == NO_SLOT
+            check(stray or (entry.domid == domid and entry.slot == slot), "I6", "an entry is another's", name, ref)
+        used = {domid: ledger.used_by(domid) for domid in counts}
+        check(used == counts and ledger.used == len(expected), "I6", "the ledger counts otherwise", name, used, counts)
+        inside = sum(ref < ledger.limits.entries for ref in expected)
+        check(
+            ledger.free + inside == max(0, ledger.limits.entries - FIRST_REFERENCE), "I6", "references are lost", name
+        )
+        per_segment = self.plan.slots_per_segment
+        open_slots = sum(max(0, min(per_segment, index.next_slot - n * per_segment)) for n in index.segments)
+        freed = {slot for change in unsaved if isinstance(change, SlotsFreed) for slot in ints(change.slots)}
+        freed = {slot for slot in freed if slot // per_segment in index.segments}
+        found = index.free.count + index.withheld.count + len(self.broker.tables[name].taken) + len(freed)
+        check(found == open_slots, "I4", "slots are lost or counted twice", name, found, open_slots)
 
     def check_owners(self, guest: Guest, pool: Any) -> None:
         """I6 between the index and one agent, up to what is on the way."""
@@ -1628,7 +2034,11 @@ class World:
             for file in agent._files.values()
             if file.stage in (Stage.SHARED, Stage.LEAVING) and file.version is not None
         }
-        owned = {file: owner.runs for (domain, file), owner in pool.index.owners.items() if domain == guest.name}
+        owned = {
+            file: sent_of(owner.runs, owner.refs)
+            for (domain, file), owner in pool.index.owners.items()
+            if domain == guest.name
+        }
         for file, runs in held.items():
             if owned.get(file) != runs and file not in guest.told:
                 check(
@@ -1703,17 +2113,37 @@ class World:
             check(message.file in self.broker.reported.get(link.peer, {}), "I7", "a fetch of a file nobody reported")
         if not isinstance(message, wire.Granted):
             return
-        shadow = self.shadow[pool].owners.get((guest.name, message.file))
-        check(shadow is not None and shadow[1] == message.runs, "I6", "handles before the owner is in the store")
+        owner = self.shadow[pool].owners.get((guest.name, message.file))
+        check(owner is not None, "I6", "handles before the owner is in the store")
+        assert owner is not None
+        check(sent_of(owner.runs, owner.refs) == message.runs, "I6", "other handles than the store has")
+        check(len(message.runs) <= 12 * wire.MAX_GRANT_RUNS, "I7", "more runs than a message may have")
         area = self.broker.area_ids[pool]
         reported = self.broker.reported[link.peer][message.file]
-        for page, slot in pages_of(message.runs).items():
+        if self.plan.xen:
+            self.check_handles(link, message, owner)
+        for page, slot in pages_of(owner.runs).items():
             whole = self.roots.get(reported.root)
             theirs = whole[page * FP : page * FP + FP] if whole is not None else reported.pages.get(page)
             if isinstance(guest, Liar) and whole is None:
                 continue  # it may have said several things of this page
             check(self.slot_fingerprint(pool, slot) == theirs, "k", "a grant of what was not reported", guest.name)
             guest.granted.add((area, slot))
+
+    def check_handles(self, link: Link, granted: wire.Granted, owner: OwnerSet) -> None:
+        """I1 on `xen`: each page's reference leads to its slot, for this domain; and it was told whose they are."""
+        guest = link.guest
+        area = self.broker.xen[guest.pool]
+        told = [message for message in link.told if isinstance(message, wire.Grantor)]
+        check(told and told[-1].domid == area.domid, "I6", "handles before the grantor", guest.name)
+        slots = pages_of(owner.runs)
+        sent = pages_of(granted.runs)
+        check(sent.keys() == slots.keys(), "I6", "handles for other pages", guest.name)
+        for page, ref in sent.items():
+            entry = area.entries.get(ref)
+            right = entry is not None and (entry.domid, entry.slot) == (guest.domid, slots[page])
+            # The domain may have ended, and the broker does not know yet.
+            check(right or owner.domid != guest.domid, "I1", "a handle leads elsewhere", guest.name, page)
 
     def check_view(self, consumer: Consumer, view: View) -> None:
         """I1 and I5 of one view."""
@@ -1734,6 +2164,10 @@ class World:
                         self.check_view(program, view)
             for _, segment in guest.segments.values():
                 check(segment.pool == guest.pool, "I1", "a domain has another pool's segment")
+        for mapping in self.mappings:
+            check(
+                mapping.segment.slots[mapping.inside] == mapping.page, "I2", "a mapped page changes", mapping.entry.slot
+            )
 
     def check_write(self, guest: Guest, inode: Inode) -> None:
         """A writer goes on: nobody but the hung may still have a view of the file (I5)."""
@@ -1754,6 +2188,10 @@ class World:
         """I4: nobody who would still be told to let go maps a slot that is freed."""
         engine = self.broker.engine
         if engine is None:
+            return
+        if self.plan.xen:
+            if not self.broker.xen[pool].destroyed:
+                self.check_unreached(pool, range(slot, slot + 1), "is freed")
             return
         for guest in self.guests:
             if guest.pool != pool or guest.agent is None:
@@ -1854,6 +2292,10 @@ class World:
             check(False, "I7", "messages without end")
         self.now = max(self.now, end)
         self._expire_leases()
+        self._unpin()
+        for guest in self.guests:
+            if guest.save_at is not None and self.now >= guest.save_at:
+                guest.save()
         self.broker.feed(Tick())
         for guest in self.guests:
             guest.report()
@@ -1984,10 +2426,14 @@ class World:
         guest = rng.choice(self.guests)
         kinds: list[tuple[float, Callable[[], None]]] = [
             (0.8, lambda: self._detach(guest)),
-            (plan.cut, lambda: self._cut(guest)),
+            (plan.cut, lambda: self.cut(guest)),
             (plan.agent_crash, guest.kill),
             (1.0, lambda: None if guest.agent is not None else guest.start()),
             (plan.hang, lambda: self._hang(guest)),
+            (0.3, lambda: self.broker.detach(guest.pool, guest.name, self.chance(0.5))),
+            (plan.destroy * plan.xen, guest.destroy),
+            (plan.save * plan.xen, lambda: self._save(guest)),
+            (plan.area_lost * plan.xen, lambda: self.broker.destroy_area(guest.pool)),
             (0.8 if plan.crash else 0.0, self._restart),
         ]
         rng.choices([kind for _, kind in kinds], [weight for weight, _ in kinds])[0]()
@@ -2008,7 +2454,16 @@ class World:
         else:
             guest.feed(ag.Reattach())
 
-    def _cut(self, guest: Guest) -> None:
+    def _save(self, guest: Guest) -> None:
+        """Save a domain: mostly its agent hears of it before, and lets go of what it can."""
+        if guest.domid is None or not guest.awake() or guest.save_at is not None:
+            return
+        guest.save_at = self.now
+        if self.chance(0.7):
+            guest.save_at += self.rng.choice((0.5, 5.0))
+            guest.feed(ag.Detach(None))
+
+    def cut(self, guest: Guest) -> None:
         """Break a connection; the two sides notice it at different times, and what was under way may be lost."""
         link = guest.link
         if link is None:
@@ -2055,10 +2510,19 @@ class World:
                 if liar.link.broker_open:
                     self.put(liar.link.up, None)
                 liar.link = None
+            if liar.domid is not None:
+                self.end_domain(liar.domid)
+                liar.mappings.clear()
+        self._unpin(all_of_them=True)
+        plan.pin = 0.0
+        for area in self.broker.xen.values():
+            for entry in area.entries.values():
+                entry.mapped *= entry.slot != NO_SLOT
         for guest in self.guests:
-            guest.stalled_until = 0.0
+            guest.stalled_until, guest.save_at = 0.0, None
             if guest.agent is None:
                 guest.start()
+            self.broker.detach(guest.pool, guest.name, False)
             for program in list(guest.programs):
                 if program.hung and self.chance(0.7):
                     program.hung, program.changed_at = False, self.now
@@ -2127,7 +2591,8 @@ class World:
                 if guest.name in pool.peers:
                     self._check_reports(guest, deliverable)
             for fp, domains in deliverable.items():
-                if fp != zero and len(domains) >= pool.rules.k:
+                room = not self.plan.xen or len(pool.index.segments) < self.plan.max_segments or pool.index.free.count
+                if fp != zero and len(domains) >= pool.rules.k and room:
                     check(fp in in_slots, "I7", "a page of k domains is not in the area", name, sorted(domains))
             for slot, fp in table.taken.items():
                 check(self.slot_fingerprint(name, slot) == fp, "I3", "a slot has other bytes", name, slot)
@@ -2173,7 +2638,13 @@ class World:
             for file in agent._files.values()
             if file.stage in (Stage.SHARED, Stage.LEAVING) and file.version is not None
         }
-        owned = {file: owner.runs for (domain, file), owner in pool.index.owners.items() if domain == guest.name}
+        owned = {
+            file: sent_of(owner.runs, owner.refs)
+            for (domain, file), owner in pool.index.owners.items()
+            if domain == guest.name
+        }
+        if self.plan.xen and self.plan.batches[5] < 10 and len(pool.index.segments) >= self.plan.max_segments:
+            return  # a grant that is cut short is given back at each offer, and in a full area they do not end
         check(held == owned, "I6", "owners and grants differ at rest", guest.name, sorted(held), sorted(owned))
         for file in agent._files.values():
             version = file.version
@@ -2198,29 +2669,50 @@ class World:
                 continue
             if len(agent._shared_keys) >= agent.settings.max_attached_files and file.stage is Stage.PLAIN:
                 continue
+            if self.plan.xen and file.stage is not Stage.SHARED and self._beyond_budget(guest, pool, version.id):
+                continue
             check(file.stage is Stage.SHARED, "I7", "a file with consumers is not shared", guest.name, file.stage)
-            runs = len(file.runs) // 12
+            most = 12 * self.plan.batches[5]
+            owner = pool.index.owners[guest.name, version.id]
             check(
-                file.granted_pages >= available or runs == self.plan.batches[5],
+                file.granted_pages >= available or most in (len(file.runs), len(owner.runs)),
                 "I7",
                 "fewer grants than offered",
                 guest.name,
             )
 
+    @staticmethod
+    def _beyond_budget(guest: Guest, pool: Any, file: int) -> bool:
+        """Whether there are not enough grants left for a file."""
+        pages = sum(ints(pool.index.grantable(guest.name, file))[2::3])
+        ledger: GrantLedger = pool.ledger
+        assert guest.domid is not None
+        return pages > ledger.free or ledger.used_by(guest.domid) + pages > ledger.limits.per_domain
+
     def _detached(self) -> None:
-        """I8, and back again."""
+        """I8, and back again: by the guests, or by the operator."""
         self.say("---- detach")
+        by_operator = self.chance(0.4)
+        engine = self.broker.engine
+        assert engine is not None
         for guest in self.guests:
-            guest.events.append(ag.Detach(None))
-            guest.drain()
+            if by_operator:
+                self.broker.detach(guest.pool, guest.name, True)
+            else:
+                guest.events.append(ag.Detach(None))
+                guest.drain()
         self._settle(2, 5.0)
         for guest in self.guests:
             for program in guest.programs:
                 for view in program.views.values():
-                    check(not view.shared or program.hung, "I8", "shared after a detach", guest.name)
+                    told = not by_operator or guest.name in engine.pools()[guest.pool].peers
+                    check(not view.shared or program.hung or not told, "I8", "shared after a detach", guest.name)
         for guest in self.guests:
-            guest.events.append(ag.Reattach())
-            guest.drain()
+            if by_operator:
+                self.broker.detach(guest.pool, guest.name, False)
+            else:
+                guest.events.append(ag.Reattach())
+                guest.drain()
         self._settle(6, 5.0)
         self.check_rest()
 
@@ -2228,7 +2720,13 @@ class World:
         """When nobody is left, nothing is left: no page, no slot, no owner, no segment but the newest."""
         self.say("---- everybody leaves")
         for guest in self.guests:
+            if self.plan.xen and self.chance(0.5):
+                guest.destroy()
+                continue
             guest.kill()
+            for program in guest.programs if self.plan.xen else ():
+                if program.hung:  # or it maps its pages for ever
+                    program.die()
         for _ in range(14):
             self.pass_time(5.0)
         engine = self.broker.engine
@@ -2240,6 +2738,10 @@ class World:
             check(not pool.index.owners and not self.shadow[name].slots, "I6", "owners or slots are left", name)
             check(len(pool.index.segments) <= 1, "I7", "segments are left", name, sorted(pool.index.segments))
             check(not pool.coming and not pool.queue, "I7", "work is left", name)
+            if self.plan.xen:
+                check(not self.broker.xen[name].entries, "I6", "grants are left", name)
+                check(not pool.ledger.used and not pool.pinned, "I6", "references are taken", name)
+                self.check_grants(pool, [])
 
 
 @dataclass
@@ -2248,7 +2750,7 @@ class Shadow:
 
     area: bytes
     slots: dict[int, bytes] = field(default_factory=dict)
-    owners: dict[tuple[str, int], tuple[bytes, bytes]] = field(default_factory=dict)
+    owners: dict[tuple[str, int], OwnerSet] = field(default_factory=dict)
     segments: set[int] = field(default_factory=set)
 
 
@@ -2270,7 +2772,7 @@ def apply_change(shadow: Shadow, change: Change, slots_per_segment: int) -> None
             for slot in ints(change.slots):
                 shadow.slots.pop(slot, None)
         case OwnerSet():
-            shadow.owners[change.domain, change.file] = (change.instance, change.runs)
+            shadow.owners[change.domain, change.file] = change
         case OwnerCleared():
             shadow.owners.pop((change.domain, change.file), None)
         case PoolOpened():
@@ -2475,8 +2977,8 @@ def _forgets_marks() -> list[Patch]:
 def _restores_no_owners() -> list[Patch]:
     restore = PoolIndex.restore
 
-    def mutant(self: PoolIndex, record: PoolRecord) -> list[Change]:
-        return restore(self, PoolRecord(record.area, record.slots_per_segment, record.segments, record.slots))
+    def mutant(self: PoolIndex, record: PoolRecord, *more: Any) -> Any:
+        return restore(self, PoolRecord(record.area, record.slots_per_segment, record.segments, record.slots), *more)
 
     return [(PoolIndex, "restore", mutant)]
 
@@ -2493,8 +2995,8 @@ def _clears_no_owner_in_the_store() -> list[Patch]:
 def _counts_slots_anew_after_a_restart() -> list[Patch]:
     restore = PoolIndex.restore
 
-    def mutant(self: PoolIndex, record: PoolRecord) -> list[Change]:
-        changes = restore(self, record)
+    def mutant(self: PoolIndex, record: PoolRecord, *more: Any) -> Any:
+        changes = restore(self, record, *more)
         self.next_slot = max(0, self.next_slot - self.slots_per_segment)
         return changes
 

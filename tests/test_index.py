@@ -437,7 +437,7 @@ class Machine(RuleBasedStateMachine):
         stored = self.record.stored()
         self.index.table.close()
         self.index = PoolIndex("pool", table(), SLOTS_PER_SEGMENT, MAX_DOMAINS)
-        changes = self.index.restore(stored)
+        changes, _ = self.index.restore(stored)
         self.contents, self.files, self.marks, self.pending = [], {}, {}, {}
         self.kept = [fp[0] for fp in self.record.slots.values()]
         self.slot_of = {fp[0]: slot for slot, fp in sorted(self.record.slots.items())}  # the last one is left
@@ -589,7 +589,7 @@ def test_a_page_that_a_crash_left_in_two_slots_stays_in_the_later_one() -> None:
     slots = {0: fingerprint(1) + fingerprint(2), 4: fingerprint(1) + fingerprint(2)}
     index = make()
     # Slot 0 is mapped still; nobody can reach slot 1 any more.
-    changes = index.restore(PoolRecord(bytes(16), SLOTS_PER_SEGMENT, segments, slots, {("a", 1): owner}))
+    changes, _ = index.restore(PoolRecord(bytes(16), SLOTS_PER_SEGMENT, segments, slots, {("a", 1): owner}))
     assert changes == [SlotsFreed("pool", u32s([1]))]
     assert [ints(index.live(segment)[0]) for segment in (0, 1)] == [[], [4, 5]]
     assert index.release("a", [1]) == [OwnerCleared("pool", "a", 1), SlotsFreed("pool", u32s([0]))]

@@ -1,4 +1,4 @@
-"""Links over real rings in shared memory: frames in pieces; peers that die, lie, flood or do not read; every event.
+"""Links over real rings in shared memory: frames in pieces, peers that die, lie, flood or do not read, no event lost.
 
 The same over real event channels and grants is shown in the lab (tests/xen/link.py).
 """

@@ -997,7 +997,7 @@ class Agent:
         file = self._current(file_id)
         if file is None:
             return
-        if reason == Verdict.STORE_FULL:
+        if reason in (Verdict.STORE_FULL, Verdict.GRANT_BUDGET):
             file.retry_at = self._now + self.settings.store_retry
         elif file.stage is Stage.ASKING:
             file.available = 0

@@ -277,7 +277,7 @@ class Toolstack:
                 f"there is no command {command[0]}", "run this in dom0 of a Xen host, with xen-utils installed"
             ) from None
         except subprocess.TimeoutExpired:
-            raise HostError(f"{what} took more than {self._timeout_s:.0f} s", "is xenstored alive?") from None
+            raise HostError(f"{what} took more than {self._timeout_s:g} s", "is xenstored alive?") from None
         except OSError as error:
             raise HostError(f"{what}: {error.strerror}") from None
         if done.returncode != 0:

@@ -226,6 +226,8 @@ class XenArea:
             if error.errno != errno.ESRCH:
                 raise
             return 0
+        if pages == 0:
+            return 0  # destroyed, and only the husk of it is left
         frames, _ = self._domain.table()
         return pages + frames * PAGE_SIZE + paging_bytes(self._max_bytes)
 
@@ -293,7 +295,8 @@ class XenArea:
                 return "area-replaced"
             if frame != BASE_FRAME + self._first(number):
                 return "segment-size-changed"
-        domain = self._attach(found.domid)
+        # Xen gives a domid to another domain only after some 32,000 others; once it is open, it cannot at all.
+        domain = AreaDomain(found.domid, BASE_FRAME)
         try:
             if not all(self._complete(domain, number) for number in segments):
                 domain.close()
@@ -327,20 +330,8 @@ class XenArea:
         if self._max_grants is not None:
             frames = min(frames, -(-self._max_grants // GRANTS_PER_FRAME))
         domid = self._toolstack.create(self._pool, self._identity, max_bytes=self._max_bytes, grant_frames=frames)
-        self._domain = self._attach(domid)
+        self._domain = AreaDomain(domid, BASE_FRAME)
         return self._domain
-
-    def _attach(self, domid: int) -> AreaDomain:
-        domain = AreaDomain(domid, BASE_FRAME)
-        # From here on the domid is this domain's for as long as we hold it. It was when the toolstack said so; still?
-        try:
-            found = self._toolstack.find(self._identity)
-            if found is None or found.domid != domid:
-                raise HostError(f"the area domain of pool {self._pool}, {domid}, went away", "start the broker again")
-        except BaseException:
-            domain.close()
-            raise
-        return domain
 
     def _complete(self, domain: AreaDomain, number: int) -> bool:
         return 0 not in domain.present(self._first(number), self._slots_per_segment)
@@ -407,15 +398,16 @@ class AreaInUse:
     domain: ListedDomain
     granted: int  # entries of its grant table that are not free
     mapped: int  # those that guests have mapped at this moment
-    table_frames: int
-    table_max_frames: int
+    table_entries: int  # there are now; Xen's own eight included
+    table_max_entries: int  # it may grow to
 
 
 def survey(toolstack: Toolstack) -> Iterator[AreaInUse]:
     """Look at every domain that is named like an area domain."""
     for domain in toolstack.areas():
         with AreaDomain(domain.domid, BASE_FRAME) as opened:
-            yield AreaInUse(domain, *opened.usage(), *opened.table())
+            entries, most = (frames * GRANTS_PER_FRAME for frames in opened.table())
+            yield AreaInUse(domain, *opened.usage(), entries, most)
 
 
 def remove(toolstack: Toolstack, which: str, force: bool) -> str:
@@ -437,11 +429,11 @@ def remove(toolstack: Toolstack, which: str, force: bool) -> str:
             "detach them first (sharearea detach), or use --force: they keep what they map, nothing new can be mapped",
         )
     toolstack.destroy(area.domid)
-    left = next((domain for domain in toolstack.domains() if domain.domid == area.domid), None)
-    if left is None:
+    if all(domain.domid != area.domid for domain in toolstack.domains()):
         return f"{area.name} is gone, and all of its memory is free"
-    return (
-        f"{area.name} is gone. Guests keep the pages that they map, {left.memory >> 20} MiB at the most, until they "
-        f"let go; until then Xen shows domain {area.domid} without a name, dying. Nobody can map it any more. A "
-        "running broker opens a new area"
-    )
+    if mapped:
+        return (
+            f"{area.name} is gone. Guests keep the pages behind the {mapped} grants that they have mapped; until they "
+            f"let go Xen shows domain {area.domid} as dying. Nobody can map anything of it any more"
+        )
+    return f"{area.name} is gone, and its memory is free. Xen shows domain {area.domid} until a running broker notices"

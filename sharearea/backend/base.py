@@ -4,9 +4,9 @@ backend's own. Decisions stay in the engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..area.base import Area
 from ..common import wire
@@ -14,6 +14,14 @@ from ..common.link import Link
 from ..grants import GrantLimits
 from ..model import Action, Event, Identity, PoolId, PoolRecord
 from ..policy import PoolRules
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A domain's agent is connected. The link is the receiver's to close."""
+
+    link: Link
+    identity: Identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +43,7 @@ class Backend(Protocol):
         """Return the descriptor that is readable when ready() has something to do; -1: none now."""
         ...
 
-    def ready(self) -> Iterable[tuple[Link, Identity] | Event]:
+    def ready(self) -> Iterable[Arrival | Event]:
         """Return connections that came, and events for the engine. Never waits."""
         ...
 
@@ -59,8 +67,8 @@ class Backend(Protocol):
         """Carry out an action that only this backend has, and return its outcome."""
         ...
 
-    def tick(self, now: float) -> tuple[list[Event], list[PoolId]]:
-        """Look at what no event tells: events for the engine, and pools whose area is gone."""
+    def tick(self, now: float, pools: Mapping[PoolId, Any]) -> tuple[list[Arrival | Event], list[PoolId]]:
+        """Look at what no event tells: what ready() returns, and pools whose area is gone. `pools`: Engine.pools()."""
         ...
 
     def close(self) -> None:

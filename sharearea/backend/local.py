@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
 from .. import fdstore
 from ..area.local import LocalArea
 from ..common.errors import HostError, ShareareaError
-from ..common.link import Link
 from ..common.logs import EventLog
 from ..config import BrokerConfig
-from ..model import Action, Event, Identity, PoolId, PoolRecord
+from ..model import Action, Event, PoolId, PoolRecord
 from ..policy import PoolRules
 from ..transport.local import LocalListener
-from .base import Opened, bytes_differ, unusable
+from .base import Arrival, Opened, bytes_differ, unusable
 
 _ACCEPT_PAUSE_S: Final = 1.0
 
@@ -37,12 +36,12 @@ class LocalBackend:
         """Return the listening socket, or -1 while connections cannot be accepted."""
         return -1 if self._accept_at is not None else self._listener.fileno()
 
-    def ready(self) -> Iterable[tuple[Link, Identity] | Event]:
+    def ready(self) -> Iterable[Arrival | Event]:
         """Accept one connection."""
         accepted = self._listener.accept()
         if accepted is not None:
             self._lacking = False
-            return (accepted,)
+            return (Arrival(*accepted),)
         if self._listener.lacking is not None:
             if not self._lacking:
                 self._log.event("broker.limit", detail=f"cannot accept a connection: {self._listener.lacking}")
@@ -102,8 +101,9 @@ class LocalBackend:
         """Nothing: grants are Xen's."""
         raise HostError(f"{type(action).__name__} on the local backend")
 
-    def tick(self, now: float) -> tuple[list[Event], list[PoolId]]:
+    def tick(self, now: float, pools: Mapping[PoolId, Any]) -> tuple[list[Arrival | Event], list[PoolId]]:
         """Accept connections again after a pause."""
+        del pools
         if self._accept_at is not None and now >= self._accept_at:
             self._accept_at = None
         return [], []

@@ -86,6 +86,12 @@ class NativeError(ShareareaError):
         self.errno = errno
 
 
+class NotInTime(ShareareaError):
+    """What was asked for has not happened within the time that was given. It may happen still."""
+
+    exit_code = 10
+
+
 class TableFull(ShareareaError):
     """A fingerprint table has no room for a report; nothing of the report was taken."""
 

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Final, Protocol, Self
 
@@ -61,7 +61,7 @@ class Link(Protocol):
         """Return what to poll for (selectors' mask), if what arrives is to be read or not."""
         ...
 
-    def receive(self) -> list[tuple[Message, int | None]]:
+    def receive(self) -> Sequence[tuple[Message, int | None]]:
         """Return the messages that have arrived."""
         ...
 

@@ -900,6 +900,22 @@ GRANT_FIRST: Final[int] = lib.SA_GRANT_FIRST
 GRANTS_PER_FRAME: Final = 512
 
 
+_LAST_DOMID: Final = 0x7FEF  # the last number that Xen gives out, when all others are used
+
+
+def check_area_calls() -> None:
+    """Try whether area domains could be reached at all: libraries, device and right. Raises HostError if not.
+
+    Asks for a domain that will not be there; that answer comes from Xen itself.
+    """
+    ret = ffi.new("sa_area **")
+    result = lib.sa_area_open(_LAST_DOMID, 0, ret)
+    if result == 0:
+        lib.sa_area_close(ret[0])
+    elif result != -errno.ESRCH:
+        raise _error("sa_area_open", -result, "")
+
+
 class AreaDomain(_Owned):
     """Memory and grant table of an area domain, seen from dom0. Slot s is guest frame `base` + s.
 

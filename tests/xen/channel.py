@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import socket
 import struct
@@ -22,6 +23,8 @@ from typing import Final
 PORT: Final = 7000
 """Where inside/server.py listens, in every machine."""
 _HEAD: Final = struct.Struct(">cI")
+PATIENCE: Final = float(os.environ.get("XEN_PATIENCE", "1"))
+"""Every limit of time is multiplied with this: more than 1 for a machine that is busy with other things."""
 _SLACK_S: Final = 20.0  # the far end keeps the limit of time; we wait a little longer for it to say so
 
 
@@ -90,7 +93,7 @@ class Running:
 
     def read_line(self, timeout: float) -> str:
         """Return the next line of its output. ChannelError if none comes in time or the program has ended."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout * PATIENCE
         while True:
             try:
                 return self._lines.get(timeout=0.05).decode(errors="replace")
@@ -103,7 +106,7 @@ class Running:
 
     def wait(self, timeout: float) -> Done:
         """Wait for its end. ChannelError if it does not come in time or the connection broke."""
-        if not self._over.wait(timeout):
+        if not self._over.wait(timeout * PATIENCE):
             self.close()
             raise ChannelError(f"{self._name}: no end after {timeout} s: {self._err.decode(errors='replace')[-2000:]}")
         if self._broken is not None:
@@ -163,12 +166,12 @@ class Machine:
     def start(self, *words: str, limit: float = 3600) -> Running:
         """Start a program; it is killed after `limit` seconds, or when the connection closes."""
         try:
-            sock = socket.create_connection(("127.0.0.1", self._port), timeout=10)
+            sock = socket.create_connection(("127.0.0.1", self._port), timeout=10 * PATIENCE)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if self._guest is not None:
                 _request(sock, {"connect": [self._guest, PORT]})
-            _request(sock, {"run": list(words), "timeout": limit})
+            _request(sock, {"run": list(words), "timeout": limit * PATIENCE})
             sock.settimeout(None)
         except OSError as error:
             raise ChannelError(f"{self.name} cannot be reached: {error}") from None

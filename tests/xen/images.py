@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import lzma
 import os
 import shutil
 import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -86,6 +88,8 @@ class Images:
     dom0_ramdisk: Path
     dom0_root: Path
     guest_root: Path
+    guest_boot: Path
+    """A disk for dom0 with what guests boot: vmlinux and guest.cpio."""
 
 
 def build(say: Say) -> Images:
@@ -99,20 +103,10 @@ def build(say: Say) -> Images:
         roots = {name: pool.submit(_root, name, packages, say) for name, packages in ROOTS.items()}
         folder = boot.result()
         guest_root, dom0_root = roots["guest"].result(), roots["dom0"].result()
-    kernel = folder / "vmlinuz"
-    guest_ramdisk = _ramdisk(
-        folder, GUEST_MODULES, {"init": HERE / "inside" / "guest-boot"}, ("guest-init", "server.py"), {}
-    )
-    dom0_ramdisk = _ramdisk(
-        folder,
-        DOM0_MODULES,
-        {"init": HERE / "inside" / "dom0-boot"},
-        ("dom0-init", "server.py"),
-        {"lab/vmlinuz": kernel.read_bytes(), "lab/guest.gz": guest_ramdisk},
-    )
-    path = CACHE.parent / "dom0.gz"
-    path.write_bytes(dom0_ramdisk)
-    return Images(folder / "xen", kernel, path, dom0_root, guest_root)
+    dom0_ramdisk = CACHE.parent / "dom0.cpio"
+    dom0_ramdisk.write_bytes(_ramdisk(folder, DOM0_MODULES, "dom0-boot", ("dom0-init", "server.py", "hotplug")))
+    guest_boot = _guest_boot(folder, _ramdisk(folder, GUEST_MODULES, "guest-boot", ("guest-init", "server.py")))
+    return Images(folder / "xen", folder / "vmlinux", dom0_ramdisk, dom0_root, guest_root, guest_boot)
 
 
 # --------------------------------------------------------------------------------------------------- the host's part
@@ -187,8 +181,8 @@ def _made_whole(path: Path) -> Iterator[Path]:
 
 
 def _boot_files(say: Say) -> Path:
-    """Return a folder with xen, vmlinuz and lib/modules of Debian's packages."""
-    folder = CACHE / f"boot-{_key(XEN_PACKAGE, KERNEL_META)}"
+    """Return a folder with xen, vmlinux and lib/modules of Debian's packages."""
+    folder = CACHE / f"boot-{_key(XEN_PACKAGE, KERNEL_META, 'vmlinux')}"
     if folder.exists():
         return folder
     begun = time.monotonic()
@@ -204,7 +198,7 @@ def _boot_files(say: Say) -> Path:
         (xen,) = (part / "tree/boot").glob("xen-4.17-amd64.gz")
         (part / "xen").write_bytes(gzip.decompress(xen.read_bytes()))
         (kernel,) = (part / "tree/boot").glob("vmlinuz-*")
-        kernel.rename(part / "vmlinuz")
+        (part / "vmlinux").write_bytes(_unpacked(kernel.read_bytes()))
         (part / "lib").mkdir()
         (part / "tree/lib/modules").rename(part / "lib/modules")
         (version,) = os.listdir(part / "lib/modules")
@@ -212,6 +206,15 @@ def _boot_files(say: Say) -> Path:
         shutil.rmtree(part / "tree")
     say(f"{XEN_PACKAGE} and {kernel_package}: {time.monotonic() - begun:.0f} s")
     return folder
+
+
+def _unpacked(kernel: bytes) -> bytes:
+    """Return the kernel that is packed in a bzImage: unpacking it at every boot of a guest takes seconds."""
+    start = kernel.find(b"\xfd7zXZ\0")
+    found = lzma.LZMADecompressor().decompress(kernel[start:]) if start > 0 else b""
+    if found[:4] != b"\x7fELF":
+        raise ImageError("the kernel of Debian is packed in an unknown way")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- the roots
@@ -249,34 +252,41 @@ def _sources() -> list[str]:
 # ------------------------------------------------------------------------------------------------------ the ram disks
 
 
-def _ramdisk(
-    boot: Path,
-    modules: Sequence[str],
-    programs: Mapping[str, Path],
-    inside: Sequence[str],
-    more: Mapping[str, bytes],
-) -> bytes:
-    """Return an initial ram disk: busybox, kernel modules with what they need, and files."""
+def _ramdisk(boot: Path, modules: Sequence[str], init: str, inside: Sequence[str]) -> bytes:
+    """Return an initial ram disk: busybox, kernel modules with what they need, and files of inside/."""
     (version,) = os.listdir(boot / "lib/modules")
-    files: dict[str, tuple[bytes, int]] = {"bin/busybox": (Path("/bin/busybox").read_bytes(), 0o755)}
-    for path in _module_files(boot, version, modules):
-        files[path] = ((boot / path).read_bytes(), 0o644)
-    # The text files are enough for busybox.
-    for name in ("modules.dep", "modules.alias", "modules.builtin", "modules.order", "modules.softdep"):
-        path = f"lib/modules/{version}/{name}"
-        files[path] = ((boot / path).read_bytes(), 0o644)
-    for name, source in programs.items():
-        files[name] = (source.read_bytes(), 0o755)
+    files: dict[str, tuple[bytes, int]] = {
+        "bin/busybox": (Path("/bin/busybox").read_bytes(), 0o755),
+        "init": ((HERE / "inside" / init).read_bytes(), 0o755),
+    }
+    # Loaded in this order by insmod: modprobe would read its lists of all modules again and again.
+    paths = _module_files(boot, version, modules)
+    for path in paths:
+        files[f"modules/{Path(path).name}"] = ((boot / path).read_bytes(), 0o644)
+    files["modules.list"] = ("\n".join(Path(path).name for path in paths).encode(), 0o644)
     for name in inside:
         files[f"lab/{name}"] = ((HERE / "inside" / name).read_bytes(), 0o755)
-    files["lab/modules"] = ("\n".join(modules).encode(), 0o644)
-    for name, data in more.items():
-        files[name] = (data, 0o644)
-    return gzip.compress(_cpio(files), 1)
+    # Not compressed: the emulated kernel would spend a second on it.
+    return _cpio(files)
+
+
+def _guest_boot(boot: Path, ramdisk: bytes) -> Path:
+    """Return an image (ext4) with the files that xl boots guests from."""
+    image = CACHE.parent / "guest-boot.img"
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder, _made_whole(image) as part:
+        (Path(folder) / "guest.cpio").write_bytes(ramdisk)
+        os.link(boot / "vmlinux", Path(folder) / "vmlinux")
+        with part.open("wb") as file:
+            file.truncate(128 << 20)
+        _call(["/sbin/mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", folder, str(part)])
+    return image
 
 
 def _module_files(boot: Path, version: str, modules: Sequence[str]) -> list[str]:
-    """Return the files of modules and of all that they depend on, relative to the folder that lib/modules is in."""
+    """Return the files of modules and of all that they depend on, in an order in which they can be loaded.
+
+    They are relative to the folder that lib/modules is in.
+    """
     found: dict[str, None] = {}
     for module in modules:
         said = _call(["/sbin/modprobe", "-d", str(boot), "-S", version, "--show-depends", module])

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from .channel import PORT, ChannelError, CommandFailed, Machine
+from .channel import PATIENCE, PORT, ChannelError, CommandFailed, Machine
 from .images import ROOT, Images, build
 
 FOLDER: Final = ROOT / "build" / "xen"
@@ -104,7 +104,7 @@ class Lab:
             *("-kernel", str(images.xen), "-append", self._xen_options, "-initrd", kernel),
             *("-nic", f"user,model=virtio-net-pci,restrict=on,hostfwd=tcp:127.0.0.1:0-:{PORT}"),
         ]
-        for image in (images.dom0_root, *(images.guest_root for _ in DISKS)):
+        for image in (images.dom0_root, *(images.guest_root for _ in DISKS), images.guest_boot):
             words += ["-drive", f"file={image},if=virtio,format=raw,snapshot=on,cache=unsafe"]
         with (FOLDER / "qemu.log").open("wb") as log:
             self._process = subprocess.Popen(
@@ -202,7 +202,7 @@ class Lab:
 
     def wait(self, what: str, done: Callable[[], Any], *, limit: float = 60, pause: float = 0.1) -> Any:
         """Ask `done()` until it says something true, and return that. LabError when the time is over or QEMU died."""
-        end = time.monotonic() + limit
+        end = time.monotonic() + limit * PATIENCE
         last = ""
         while True:
             try:
@@ -252,14 +252,14 @@ class Lab:
         lines: dict[str, object] = {
             "name": name,
             "type": kind,
-            "kernel": "/lab/vmlinuz",
-            "ramdisk": "/lab/guest.gz",
+            "kernel": "/lab/boot/vmlinux",
+            "ramdisk": "/lab/boot/guest.cpio",
             "extra": f"console=hvc0 quiet panic=0 lab.name={name} lab.address={address}",
             "memory": memory_mib,
             "maxmem": memory_mib,
             "vcpus": 1,
-            "disk": [f"phy:/dev/{guest.disk},xvda,w"],
-            "vif": [f"mac=00:16:3e:77:00:{number:02x},bridge=lab0"],
+            "disk": [f"format=raw,vdev=xvda,access=rw,script=/lab/hotplug,target={guest.disk}"],
+            "vif": [f"mac=00:16:3e:77:00:{number:02x},script=/lab/hotplug"],
             "on_crash": "preserve",
             "on_reboot": "preserve",
         }
