@@ -48,9 +48,7 @@ def test_what_is_for_xen_alone_is_refused_on_local() -> None:
     ]
     config = parse(MINIMAL + 'backend = "xen"\nconsumer_group = ""\n')
     assert (config.backend, config.allow_user_mappings, config.world_readable) == ("xen", False, True)
-    assert faults(MINIMAL + 'backend = "xen"\nconsumer_group = "a b"\n') == [
-        "agent.consumer_group"
-    ]
+    assert faults(MINIMAL + 'backend = "xen"\nconsumer_group = "a b"\n') == ["agent.consumer_group"]
 
 
 def test_values_arrive() -> None:

@@ -229,6 +229,10 @@ class Toolstack:
         mib = _STUB_MIB + -(-max_bytes // _MIB)
         self._run([self._xl, "mem-max", str(domid), str(mib)])
 
+    def set_memory(self, domid: int, size: int) -> None:
+        """Set a domain's memory target, and with it the most that Xen lets it have, to `size` bytes (whole KiB)."""
+        self._run([self._xl, "mem-set", str(domid), f"{size // 1024}k"])
+
     def destroy(self, domid: int) -> None:
         """Destroy a domain. What others have mapped stays theirs until they unmap it; all else is free at once."""
         if domid == 0:
