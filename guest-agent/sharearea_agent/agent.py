@@ -970,10 +970,12 @@ class Agent:
             and self._welcome is not None
             and not file.poisoned
             and self._barred(file) is None
-            and self._now >= file.retry_at
             and not file.stale
             and file.version.id not in self._asked
         ):
+            if self._now < file.retry_at:
+                self._again[file.key] = None
+                return
             if len(self._shared_keys) >= self.settings.max_attached_files:
                 self._crowded[file.key] = None
                 return
@@ -1216,8 +1218,6 @@ class Agent:
             file = self._files.get(key)
             if file is not None and file.stage is Stage.PLAIN:
                 self._advance(file)
-                if file.stage is Stage.PLAIN and self._now < file.retry_at:
-                    self._again[key] = None
         for key in list(islice(self._crowded, max(0, self.settings.max_attached_files - len(self._shared_keys)))):
             del self._crowded[key]
             file = self._files.get(key)
