@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from .common import wire
 from .common.wire import Verdict
@@ -441,6 +441,11 @@ Action = (
 # ---------------------------------------------------------------------------------------------------------- state
 
 
+PRESSURE_MARKS: Final = (100, 1000, 2000)
+"""Memory pressure, in hundredths of a percent, that the broker hears of at once: where it begins to act otherwise
+(Settings of its reclaim.py)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Who the agent is and how it behaves; times in seconds."""
@@ -546,6 +551,7 @@ class Agent:
         self._release: list[FileId] = []
         self._attach: list[FileId] = []
         self._memory = Memory()
+        self._told = Memory()  # what the broker heard of it last
         self._shared_keys: set[FileKey] = set()  # SHARED and LEAVING
         self._crowded: dict[FileKey, None] = {}  # files that wait until fewer than max_attached_files are shared
         self._again: dict[FileKey, None] = {}  # plain files to advance at the next tick
@@ -771,7 +777,7 @@ class Agent:
         for file in self._files.values():
             if file.version is not None and file.paths:
                 self._unreported[file.key] = None
-        self._act(Send(self._stats()))
+        self._say_stats()
 
     def _forget_versions(self) -> None:
         """Fingerprints under another key say nothing: the scanner brings new ones."""
@@ -1232,9 +1238,8 @@ class Agent:
             file = self._files.get(key)
             if file is not None:
                 self._advance(file)
-        if self._welcome is not None and self._now >= self._stats_at:
-            self._stats_at = self._now + self.settings.stats_interval
-            self._act(Send(self._stats()))
+        if self._welcome is not None and (self._now >= self._stats_at or self._memory_dwindles()):
+            self._say_stats()
         if self.settings.drop and self._now >= self._drop_at:
             self._drop_at = self._now + self.settings.drop_interval
             if not self._drop_queue:
@@ -1258,6 +1263,18 @@ class Agent:
                     self._act(CutOff(consumer))
 
     # ------------------------------------------------------------------------------------------------- looking in
+
+    def _say_stats(self) -> None:
+        self._stats_at = self._now + self.settings.stats_interval
+        self._told = self._memory
+        self._act(Send(self._stats()))
+
+    def _memory_dwindles(self) -> bool:
+        """Whether the broker should hear at once, so that it gives memory back before the guest runs short of it."""
+        less = self._told.available_bytes - self._memory.available_bytes
+        if less > self._memory.total_bytes // 32:
+            return True
+        return any(self._told.pressure < mark <= self._memory.pressure for mark in PRESSURE_MARKS)
 
     def _stats(self) -> wire.AgentStats:
         versions = [file.version for file in self._files.values() if file.version is not None]
