@@ -3168,7 +3168,7 @@ def _forgets_grants_that_were_not_written() -> list[Patch]:
     on_grants_failed = Engine._on_grants_failed
 
     def mutant(self: Engine, event: GrantsFailed) -> None:
-        revoke, self._revoke = self._revoke, lambda revoking: None  # type: ignore[method-assign]
+        revoke, self._revoke = self._revoke, lambda *_: None  # type: ignore[method-assign]
         on_grants_failed(self, event)
         self._revoke = revoke  # type: ignore[method-assign]
 
