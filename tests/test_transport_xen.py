@@ -114,6 +114,10 @@ def test_an_agent_is_found_and_told_by_what_dom0_wrote(host: Host) -> None:
     assert host.asked == [(3, 101, 108)]
 
 
+def test_domains_are_known_from_the_start(host: Host) -> None:
+    assert sorted(host.listener.domains()) == [3]  # nobody's owner is to be taken for gone
+
+
 def test_domains_are_described_as_xenstore_has_them(host: Host) -> None:
     host.server.add_domain(4, "db", "99999999-2222-3333-4444-555555555555")
     host.server.set("/local/domain/4/memory/target", "lots")
@@ -318,5 +322,7 @@ def test_without_the_devices_nothing_is_accepted(host: Host) -> None:
     with XenStore(host.server.path) as store:
         host.offer(3)
         listener = XenListener(store, clock=lambda: host.now)
+        if not store.has_events:
+            select.select([listener], [], [], 20)
         with pytest.raises(HostError, match=r"/dev/xen"):
             listener.check()

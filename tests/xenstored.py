@@ -117,9 +117,12 @@ class FakeXenstored:
     def hang_up(self) -> None:
         """Close every connection."""
         with self.lock:
-            for client in self._clients:
-                client.close()
-            self._clients.clear()
+            clients, self._clients = self._clients, []
+            for client in clients:
+                client.shutdown()
+        for client in clients:
+            client.join(10)
+            client.connection.close()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -217,7 +220,6 @@ class _Client(threading.Thread):
         payload = f"{path}\0{token}\0".encode()
         self.send(HEADER.pack(WATCH_EVENT, 0, 0, len(payload)) + payload)
 
-    def close(self) -> None:
+    def shutdown(self) -> None:
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
-        self.connection.close()

@@ -458,7 +458,9 @@ class Settings:
     stats_interval: float = 10.0
     lease_timeout: float = 10.0
     retry: float = 2.0  # pause before a file whose lease was refused is tried again
-    store_retry: float = 30.0  # pause before grants are asked for again that could not be recorded, given or mapped
+    store_retry: float = 30.0  # pause before grants are asked for again that the broker could not record
+    room_retry: float = 30.0  # pause before grants are asked for again that no consumer had room to map
+    room_tries: int = 4  # and how often
     reconnect_min: float = 0.2
     reconnect_max: float = 30.0
     max_attached_files: int = 16_384
@@ -506,6 +508,8 @@ class _File:
     granted_pages: int = 0
     grantor: int | None = None
     refusal: str = ""  # reason code of a refusal that holds until the broker offers or grants pages
+    unmapped: frozenset[tuple[ConsumerId, Handle]] = frozenset()  # the uses at a time when none of them could map
+    in_vain: int = 0  # how often that was so, one time after the other
     retry_at: float = 0.0
     leaving_since: float = 0.0
     hung_logged: bool = False
@@ -710,7 +714,7 @@ class Agent:
                 for file_id, available in zip(array("I", message.ids), array("I", message.available), strict=True):
                     file = self._current(file_id)
                     if file is not None:
-                        file.available, file.refusal = available, ""
+                        file.available, file.refusal, file.in_vain = available, "", 0
                         self._advance(file)
             case wire.Grantor():
                 self._grantor = message.domid
@@ -955,7 +959,10 @@ class Agent:
             return self.settings.mappings_off
         if self._suspending:
             return "suspending"
-        return "detached" if file.detached else None
+        if file.detached:
+            return "detached"
+        in_vain = file.in_vain >= self.settings.room_tries and file.unmapped == file.uses.keys()
+        return "no-room" if in_vain else None
 
     def _plain(self, file: _File, use: tuple[ConsumerId, Handle], reason: str) -> None:
         if not file.uses[use].answered:
@@ -976,10 +983,12 @@ class Agent:
             and self._welcome is not None
             and not file.poisoned
             and self._barred(file) is None
-            and self._now >= file.retry_at
             and not file.stale
             and file.version.id not in self._asked
         ):
+            if self._now < file.retry_at:
+                self._again[file.key] = None
+                return
             if len(self._shared_keys) >= self.settings.max_attached_files:
                 self._crowded[file.key] = None
                 return
@@ -1093,15 +1102,17 @@ class Agent:
             self._log("file.mismatch", path=path.decode("utf-8", "backslashreplace"), consumer=mapped.consumer)
             self._leave(file)
         elif mapped.outcome == MAPPED_DONE and file.stage is Stage.SHARED:
+            file.in_vain = 0
             self._drop_if_complete(file)
         elif mapped.outcome == MAPPED_NO_ROOM and file.stage is Stage.SHARED:
             file.uses[use].no_room = True
             self._give_up_unmapped(file)
 
     def _give_up_unmapped(self, file: _File) -> None:
-        """Give back grants that no consumer could map: they count against this domain's budget."""
+        """Give back grants that no consumer could map, and try again; in the end only with others or another offer."""
         if file.uses and all(use.no_room for use in file.uses.values()):
-            file.retry_at = self._now + self.settings.store_retry
+            file.unmapped, file.in_vain = frozenset(file.uses), file.in_vain + 1
+            file.retry_at = self._now + self.settings.room_retry
             self._leave(file)
 
     def _drop_if_complete(self, file: _File) -> None:
@@ -1222,8 +1233,6 @@ class Agent:
             file = self._files.get(key)
             if file is not None and file.stage is Stage.PLAIN:
                 self._advance(file)
-                if file.stage is Stage.PLAIN and self._now < file.retry_at:
-                    self._again[key] = None
         for key in list(islice(self._crowded, max(0, self.settings.max_attached_files - len(self._shared_keys)))):
             del self._crowded[key]
             file = self._files.get(key)

@@ -322,10 +322,8 @@ class XenArea:
         self._closed = True
 
     def _create(self) -> AreaDomain:
-        left = self._toolstack.find(self._identity)
-        if left is not None:
-            # The store knows no segment of it, so nobody was ever granted anything: an earlier broker died making it.
-            self._toolstack.destroy(left.domid)
+        # If there is one of this uuid, the store knows no segment of it, so nobody has a grant on anything in it: an
+        # earlier broker died making it, or had closed all of its segments. create() replaces it.
         frames = self._host_limits().grant_frames
         if self._max_grants is not None:
             frames = min(frames, -(-self._max_grants // GRANTS_PER_FRAME))
