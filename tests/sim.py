@@ -2036,6 +2036,9 @@ class World:
         freed = {slot for slot in freed if slot // per_segment in index.segments}
         found = index.free.count + index.withheld.count + len(self.broker.tables[name].taken) + len(freed)
         check(found == open_slots, "I4", "slots are lost or counted twice", name, found, open_slots)
+        for segment in index.emptying:
+            overlaps = index.free.overlaps(segment * per_segment, per_segment)
+            check(not overlaps, "I7", "a segment that is emptied is filled", name, segment)
 
     def check_owners(self, guest: Guest, pool: Any) -> None:
         """I6 between the index and one agent, up to what is on the way."""
