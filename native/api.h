@@ -231,6 +231,42 @@ struct sa_table_totals {
 };
 int sa_table_totals(const sa_table *table, struct sa_table_totals *ret);
 
+/* ---------------------------------------------------------------------------------------------- gntdev.c */
+
+/* Pages that another domain has granted to this guest, under a mapping of a file (the `xen` backend, guest side).
+ * Needs /dev/xen/gntdev. Never PROT_WRITE, never PROT_EXEC. */
+typedef struct sa_grants sa_grants;
+
+enum { SA_GRANTS_AT_ONCE = 65536 }; /* references in one ioctl: the kernel's limit */
+
+/* Open the grant device read only, so that nothing mapped through the descriptor can become writable in whatever
+ * process. *ret_noexec: 1 if nothing can become executable either (executing a granted page kills a PVH guest): that
+ * takes CAP_SYS_ADMIN and Linux 5.12, or a noexec mount under path. The descriptor is the caller's. */
+int sa_grants_open(const char *path, int *ret_fd, int *ret_noexec);
+
+/* Join runs whose pages follow one another, whatever their slots. ret_stretches (nruns entries): page, number of its
+ * first page among all pages of the runs, count. -EINVAL: a run without pages; -ERANGE: a number would overflow. */
+int sa_join_runs(const struct sa_run *runs, size_t nruns, struct sa_run *ret_stretches, size_t *ret_n);
+
+/* Map the grants of a file beside it, to be compared: runs (page of the file, first grant reference, count) of domain
+ * domid, through the descriptor device. One ioctl and one mmap for each stretch of pages that follow one another,
+ * SA_GRANTS_AT_ONCE pages at the most (half of that if not movable). movable: mappings of grants may be moved in this
+ * guest (PVH and HVM: yes; PV: no). A reference that is not ours, or no room in the hypervisor: -EINVAL. */
+int sa_grants_create(int device, uint32_t domid, const struct sa_run *runs, size_t nruns, int movable, sa_grants **ret);
+/* Unmaps what was not put in place. The caller closes device, after which a grant is let go with its last mapping. */
+void sa_grants_destroy(sa_grants *grants); /* NULL is fine */
+/* Mappings that they take in place. */
+size_t sa_grants_stretches(const sa_grants *grants);
+/* *ret_equal 1: every page is equal to its page of the file. -EINVAL after sa_grants_place. */
+int sa_grants_compare(const sa_grants *grants, int file, int *ret_equal);
+/* Put them under an existing mapping of the file, npages long; the way back is sa_map_file. Atomic for other threads,
+ * stretch by stretch. *ret_placed: stretches done; where one fails the file's pages are there, and later ones are what
+ * they were. Once only. A child of fork has holes where they are. */
+int sa_grants_place(sa_grants *grants, int device, void *base, uint64_t npages, int file, size_t *ret_placed);
+
+/* Map ioctls and mmaps of this process since its start, and the pages that they mapped. */
+void sa_grants_calls(uint64_t *ret_ioctls, uint64_t *ret_mmaps, uint64_t *ret_pages);
+
 /* ------------------------------------------------------------------------------------------------ ring.c */
 
 /* One side of two byte rings (one each way) in memory that a peer can write too, at any time and anything: the layout of

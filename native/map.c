@@ -287,7 +287,7 @@ enum { RESERVE_PAGES = 5 };
 
 static _Atomic(void *) reserve; /* NULL: none */
 
-static int reserve_take(void)
+int sa_map_reserve(void)
 {
 	void *none = NULL;
 	uint8_t *pages;
@@ -319,7 +319,7 @@ static bool reserve_give(void)
 	return pages != NULL && munmap(pages, RESERVE_PAGES * SA_PAGE_SIZE) == 0;
 }
 
-static int check_runs(const void *base, uint64_t npages, const struct sa_run *runs, size_t nruns)
+int sa_check_runs(const void *base, uint64_t npages, const struct sa_run *runs, size_t nruns)
 {
 	if (!base_is_valid(base, npages))
 		return -EINVAL;
@@ -346,7 +346,7 @@ int sa_map_runs(void *base, uint64_t npages, int fd, const struct sa_run *runs, 
 	int error;
 
 	*ret_mapped = 0;
-	error = check_runs(base, npages, runs, nruns);
+	error = sa_check_runs(base, npages, runs, nruns);
 	if (error)
 		return error;
 	if (fstat(fd, &st) < 0)
@@ -356,7 +356,7 @@ int sa_map_runs(void *base, uint64_t npages, int fd, const struct sa_run *runs, 
 		if (runs[i].slot >= nslots || runs[i].count > nslots - runs[i].slot)
 			return -ERANGE;
 	}
-	error = nruns ? reserve_take() : 0;
+	error = nruns ? sa_map_reserve() : 0;
 	if (error)
 		return error;
 	for (size_t i = 0; i < nruns; i++) {
@@ -387,7 +387,7 @@ int sa_map_file(void *base, int fd, uint64_t first, uint64_t npages, int random)
 	if (error == -ENOMEM && reserve_give()) {
 		error = map_fixed(at, npages, fd, first * SA_PAGE_SIZE);
 		/* What was freed may have made room for the next time too; if not, sa_map_runs asks again. */
-		(void)reserve_take();
+		(void)sa_map_reserve();
 	}
 	if (error)
 		return error;
@@ -404,7 +404,7 @@ int sa_compare_runs(const void *base, uint64_t npages, int fd, const struct sa_r
 	int error;
 
 	*ret_equal_runs = 0;
-	error = check_runs(base, npages, runs, nruns);
+	error = sa_check_runs(base, npages, runs, nruns);
 	if (error)
 		return error;
 	for (size_t i = 0; i < nruns; i++) {

@@ -40,6 +40,18 @@ def test_name_and_folders_are_enough() -> None:
     assert (config.drop, config.one_file_system, config.exclude) == (True, True, ())
 
 
+def test_what_is_for_xen_alone_is_refused_on_local() -> None:
+    assert faults(MINIMAL + 'allow_user_mappings = true\nconsumer_group = "x"\nworld_readable = false\n') == [
+        'agent.allow_user_mappings: is for agent.backend = "xen"; leave it out',
+        'agent.consumer_group: is for agent.backend = "xen"; leave it out',
+        'agent.world_readable: is for agent.backend = "xen"; leave it out',
+    ]
+    config = parse(MINIMAL + 'backend = "xen"\nconsumer_group = ""\n')
+    assert (config.backend, config.allow_user_mappings, config.world_readable) == ("xen", False, True)
+    (fault,) = faults(MINIMAL + 'backend = "xen"\nconsumer_group = "a b"\n')
+    assert fault.startswith("agent.consumer_group: expected a name of at most 64 characters")
+
+
 def test_values_arrive() -> None:
     config = parse(
         """
@@ -49,6 +61,10 @@ def test_values_arrive() -> None:
         folders = ["/srv/db/usr", "/srv/db/opt"]
         exclude = ["*.a", "/opt/**"]
         one_file_system = false
+        backend = "xen"
+        allow_user_mappings = true
+        consumer_group = "sharers"
+        world_readable = false
         broker_socket = "/b"
         consumer_socket = "/c"
         control_socket = "/d"
@@ -68,6 +84,10 @@ def test_values_arrive() -> None:
         (Path("/srv/db/usr"), Path("/srv/db/opt")),
         Path("/srv/db"),
         ("*.a", "/opt/**"),
+        False,
+        "xen",
+        True,
+        "sharers",
         False,
         Path("/b"),
         Path("/c"),

@@ -64,7 +64,7 @@ library_depends() { # TREE
     xargs -0 dpkg-shlibdeps -O --ignore-missing-info 2>/dev/null) | sed -n 's/^shlibs:Depends=//p'
 }
 
-write_documents() { # NAME TREE
+write_documents() { # NAME TREE EXAMPLES...
   local folder=$2/usr/share/doc/$1 file
   mkdir -p "$folder"
   cat >"$folder/copyright" <<END
@@ -84,6 +84,15 @@ END
       cp "$file" "$folder/"
     fi
   done
+  # No manual of ours is anywhere else: the examples say what every key means.
+  install -D -m 644 -t "$folder/examples" "${@:3}"
+}
+
+# The kernel of area domains is no program of this system's.
+write_overrides() { # NAME TREE
+  install -d "$2/usr/share/lintian/overrides"
+  printf '%s: %s\n' "$1" statically-linked-binary "$1" unstripped-binary-or-object \
+    >"$2/usr/share/lintian/overrides/$1"
 }
 
 # One man page for each command, made of what the command says of itself.
@@ -140,7 +149,7 @@ END
   chmod 755 "$2"/DEBIAN/{postinst,prerm,postrm}
 }
 
-package() { # NAME CONFIG-SOURCE CONFIG-NAME SUMMARY DESCRIPTION DEPENDS PURGE SUGGESTS
+package() { # NAME CONFIG-SOURCE CONFIG-NAME SUMMARY DESCRIPTION DEPENDS PURGE SUGGESTS EXAMPLES
   local name=$1 tree=$work/$1
   version=$(echo "$work/wheels/${name//-/_}"-*.whl)
   version=${version##*/"${name//-/_}"-}
@@ -150,9 +159,12 @@ package() { # NAME CONFIG-SOURCE CONFIG-NAME SUMMARY DESCRIPTION DEPENDS PURGE S
   install -D -m 644 "$2" "$tree/etc/sharearea/$3"
   echo "/etc/sharearea/$3" >"$tree/DEBIAN/conffiles"
   install -D -m 644 "deploy/systemd/$name.service" "$tree/lib/systemd/system/$name.service"
-  write_documents "$name" "$tree"
+  write_documents "$name" "$tree" $9
   write_manual "$name" "$tree" "$4"
   write_scripts "$name" "$tree" "$7"
+  if [ -n "$(find "$tree" -name '*.elf')" ]; then
+    write_overrides "$name" "$tree"
+  fi
   {
     echo "Package: $name"
     echo "Source: sharearea"
@@ -184,7 +196,8 @@ package sharearea docs/examples/broker.toml broker.toml \
  a host of containers). Nothing is shared until its configuration says so." \
   "python3-cffi-backend (>= 1.15.1), python3-lmdb (>= 1.4.0), python3-msgpack (>= 1.0.3), python3-rich (>= 13.3.1), python3-structlog (>= 22.3.0)" \
   "/var/lib/sharearea" \
-  "xen-utils-4.17"
+  "xen-utils-4.17" \
+  "docs/examples/broker.toml docs/examples/broker-xen.toml"
 package sharearea-agent docs/examples/agent.toml agent.toml \
   "one copy of each identical file page, for all guests (guest side)" \
   " Guests on one host that come from the same template keep the same files in
@@ -193,4 +206,5 @@ package sharearea-agent docs/examples/agent.toml agent.toml \
  and the Python interface through which programs map shared files." \
   "python3-cffi-backend (>= 1.15.1), python3-msgpack (>= 1.0.3), python3-structlog (>= 22.3.0), python3-watchdog (>= 2.2.1)" \
   "/var/cache/sharearea-agent" \
-  ""
+  "" \
+  "docs/examples/agent.toml"

@@ -17,11 +17,11 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from .common import wire
 from .common.wire import Verdict
-from .consumer_wire import MAPPED_DIFFERENT, MAPPED_DONE
+from .consumer_wire import MAPPED_DIFFERENT, MAPPED_DONE, MAPPED_NO_ROOM
 
 ConsumerId = int
 Handle = int
@@ -210,6 +210,16 @@ class Reattach:
 
 
 @dataclass(frozen=True, slots=True)
+class Suspending:
+    """This domain is about to be suspended, or was: what is mapped of grants is worth nothing afterwards (`xen`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The domain goes on, perhaps as another one. Follows Suspending."""
+
+
+@dataclass(frozen=True, slots=True)
 class DropNow:
     """Drop the guest's own copies of all shared files now, instead of at the next interval."""
 
@@ -252,6 +262,8 @@ Event = (
     | Dropped
     | Detach
     | Reattach
+    | Suspending
+    | Resumed
     | DropNow
     | Tick
 )
@@ -338,12 +350,13 @@ class ReleaseLease:
 
 @dataclass(frozen=True, slots=True)
 class ShareWith:
-    """Send a consumer the handles for its file: runs (page, slot of the area, count)."""
+    """Send a consumer the handles for its file: runs (page, handle, count); `grantor`: of which domain, on `xen`."""
 
     consumer: ConsumerId
     handle: Handle
     generation: int
     runs: bytes
+    grantor: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,6 +441,11 @@ Action = (
 # ---------------------------------------------------------------------------------------------------------- state
 
 
+PRESSURE_MARKS: Final = (100, 1000, 2000)
+"""Memory pressure, in hundredths of a percent, that the broker hears of at once: where it begins to act otherwise
+(Settings of its reclaim.py)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Who the agent is and how it behaves; times in seconds."""
@@ -441,10 +459,13 @@ class Settings:
     lease_timeout: float = 10.0
     retry: float = 2.0  # pause before a file whose lease was refused is tried again
     store_retry: float = 30.0  # pause before grants are asked for again that the broker could not record
+    room_retry: float = 30.0  # pause before grants are asked for again that no consumer had room to map
+    room_tries: int = 4  # and how often
     reconnect_min: float = 0.2
     reconnect_max: float = 30.0
     max_attached_files: int = 16_384
     drop_batch: int = 256
+    mappings_off: str = ""  # why nothing may be shared with programs of this guest, as a reason code; "": it may
 
 
 @dataclass(frozen=True, slots=True)
@@ -465,6 +486,7 @@ class _Use:
     pages: int = 0
     answered: bool = True  # the consumer was told what it gets, Share or Plain
     leaving: bool = False
+    no_room: bool = False  # it could not map what it was sent
 
 
 @dataclass(slots=True, eq=False)
@@ -484,6 +506,10 @@ class _File:
     generation: int = 0
     runs: bytes = b""
     granted_pages: int = 0
+    grantor: int | None = None
+    refusal: str = ""  # reason code of a refusal that holds until the broker offers or grants pages
+    unmapped: frozenset[tuple[ConsumerId, Handle]] = frozenset()  # the uses at a time when none of them could map
+    in_vain: int = 0  # how often that was so, one time after the other
     retry_at: float = 0.0
     leaving_since: float = 0.0
     hung_logged: bool = False
@@ -517,12 +543,15 @@ class Agent:
         self._dropped_total = 0
         self._detach_all = False
         self._detached_paths: set[bytes] = set()
+        self._suspending = False
+        self._grantor: int | None = None  # of the handles in the next Granted
         self._asked: set[FileId] = set()  # Attach was sent, and neither Granted nor Denied has come
         self._segments: set[int] = set()  # that the runner has descriptors of
         self._gone: list[FileId] = []
         self._release: list[FileId] = []
         self._attach: list[FileId] = []
         self._memory = Memory()
+        self._told = Memory()  # what the broker heard of it last
         self._shared_keys: set[FileKey] = set()  # SHARED and LEAVING
         self._crowded: dict[FileKey, None] = {}  # files that wait until fewer than max_attached_files are shared
         self._again: dict[FileKey, None] = {}  # plain files to advance at the next tick
@@ -578,6 +607,10 @@ class Agent:
                 self._on_detach(event.path)
             case Reattach():
                 self._on_reattach()
+            case Suspending():
+                self._on_suspending()
+            case Resumed():
+                self._on_resumed()
             case DropNow():
                 for key in self._shared_keys:
                     if self._files[key].stage is Stage.SHARED:
@@ -641,6 +674,7 @@ class Agent:
     def _on_link_down(self, why: str) -> None:
         was_linked, self._linked, self._connecting = self._linked, False, False
         had_welcome, self._welcome = self._welcome is not None, None
+        self._grantor = None
         if was_linked or self._failures == 0:
             self._log("broker.lost" if was_linked else "broker.unreachable", detail=why)
         self._back_off()
@@ -680,8 +714,10 @@ class Agent:
                 for file_id, available in zip(array("I", message.ids), array("I", message.available), strict=True):
                     file = self._current(file_id)
                     if file is not None:
-                        file.available = available
+                        file.available, file.refusal, file.in_vain = available, "", 0
                         self._advance(file)
+            case wire.Grantor():
+                self._grantor = message.domid
             case wire.Granted():
                 self._on_granted(message)
             case wire.Denied():
@@ -741,7 +777,7 @@ class Agent:
         for file in self._files.values():
             if file.version is not None and file.paths:
                 self._unreported[file.key] = None
-        self._act(Send(self._stats()))
+        self._say_stats()
 
     def _forget_versions(self) -> None:
         """Fingerprints under another key say nothing: the scanner brings new ones."""
@@ -803,7 +839,7 @@ class Agent:
             if file.reported:
                 self._gone.append(old.id)
         file.version, file.successor = fresh, None
-        file.reported, file.verdict, file.available = False, None, 0
+        file.reported, file.verdict, file.available, file.refusal = False, None, 0, ""
         file.poisoned = file.stale = False
         self._unreported.pop(file.key, None)
         if fresh is not None:
@@ -899,19 +935,34 @@ class Agent:
 
     def _why_plain(self, file: _File) -> str:
         """Return the reason code for a file that is not shared now."""
+        if self.settings.mappings_off:
+            return self.settings.mappings_off
         if self._welcome is None:
             return "no-broker"
-        if file.detached:
-            return "detached"
+        if (barred := self._barred(file)) is not None:
+            return barred
         if file.version is None:
             return "not-designated"
         if file.poisoned:
             return "bytes-differed"
         if file.verdict is not None and file.verdict not in (Verdict.KNOWN, Verdict.WANTED):
             return _code(file.verdict)
+        if file.refusal:
+            return file.refusal
         if not file.available:
             return "not-offered"
         return "lease-refused"
+
+    def _barred(self, file: _File) -> str | None:
+        """Return why a file is kept plain for now, whatever the broker offers; None if it is not."""
+        if self.settings.mappings_off:
+            return self.settings.mappings_off
+        if self._suspending:
+            return "suspending"
+        if file.detached:
+            return "detached"
+        in_vain = file.in_vain >= self.settings.room_tries and file.unmapped == file.uses.keys()
+        return "no-room" if in_vain else None
 
     def _plain(self, file: _File, use: tuple[ConsumerId, Handle], reason: str) -> None:
         if not file.uses[use].answered:
@@ -921,7 +972,7 @@ class Agent:
     def _advance(self, file: _File) -> None:
         """Go on towards sharing, if everything for the next step is there."""
         if file.stage is Stage.SHARED:
-            if file.available > file.granted_pages and not file.detached:
+            if file.available > file.granted_pages and self._barred(file) is None:
                 self._leave(file)  # more pages are on offer: let go and ask again
             return
         if (
@@ -931,11 +982,13 @@ class Agent:
             and file.version is not None
             and self._welcome is not None
             and not file.poisoned
-            and not file.detached
-            and self._now >= file.retry_at
+            and self._barred(file) is None
             and not file.stale
             and file.version.id not in self._asked
         ):
+            if self._now < file.retry_at:
+                self._again[file.key] = None
+                return
             if len(self._shared_keys) >= self.settings.max_attached_files:
                 self._crowded[file.key] = None
                 return
@@ -950,6 +1003,9 @@ class Agent:
         file.leased = True
         if file.broken or not file.uses:
             self._settle_plain(file, "lease-broken" if file.broken else "closed")
+            return
+        if (barred := self._barred(file)) is not None:
+            self._settle_plain(file, barred)
             return
         if file.version is None or taken.identity != file.version.identity:
             for path in file.paths:
@@ -989,7 +1045,7 @@ class Agent:
             self._advance_later(file)
 
     def _advance_later(self, file: _File) -> None:
-        if file.uses and file.available and not file.detached and not file.poisoned:
+        if file.uses and file.available and self._barred(file) is None and not file.poisoned:
             self._again[file.key] = None
 
     def _on_denied(self, file_id: FileId, reason: int) -> None:
@@ -997,29 +1053,31 @@ class Agent:
         file = self._current(file_id)
         if file is None:
             return
+        file.refusal = _code(reason) if reason in (Verdict.GRANT_BUDGET, Verdict.DETACHED) else ""
         if reason in (Verdict.STORE_FULL, Verdict.GRANT_BUDGET):
             file.retry_at = self._now + self.settings.store_retry
         elif file.stage is Stage.ASKING:
             file.available = 0
         if file.stage is Stage.ASKING:
-            self._settle_plain(file, "denied")
+            self._settle_plain(file, file.refusal or "denied")
         else:
             self._advance_later(file)
 
     def _on_granted(self, granted: wire.Granted) -> None:
         self._asked.discard(granted.file)
         file = self._current(granted.file)
-        if file is None or file.stage is not Stage.ASKING or not file.uses or file.detached or file.stale:
+        barred = self._barred(file) if file is not None else None
+        if file is None or file.stage is not Stage.ASKING or not file.uses or barred is not None or file.stale:
             # Nobody waits for it any more: give it back.
             self._release.append(granted.file)
             if file is not None and file.stage is Stage.ASKING:
-                self._settle_plain(file, "closed")
+                self._settle_plain(file, barred or "closed")
             elif file is not None:
                 self._advance_later(file)
             return
         self._to(file, Stage.SHARED)
         self._shared_keys.add(file.key)
-        file.runs = granted.runs
+        file.runs, file.grantor, file.refusal = granted.runs, self._grantor, ""
         file.granted_pages = sum(array("I", granted.runs)[2::3])
         file.generation += 1
         file.dropped = False
@@ -1029,7 +1087,8 @@ class Agent:
     def _share(self, file: _File, use: tuple[ConsumerId, Handle]) -> None:
         entry = file.uses[use]
         entry.generation, entry.pages, entry.leaving, entry.answered = file.generation, 0, False, True
-        self._act(ShareWith(*use, file.generation, file.runs))
+        entry.no_room = False
+        self._act(ShareWith(*use, file.generation, file.runs, file.grantor))
 
     def _on_mapped(self, mapped: ConsumerMapped) -> None:
         use = (mapped.consumer, mapped.handle)
@@ -1043,7 +1102,18 @@ class Agent:
             self._log("file.mismatch", path=path.decode("utf-8", "backslashreplace"), consumer=mapped.consumer)
             self._leave(file)
         elif mapped.outcome == MAPPED_DONE and file.stage is Stage.SHARED:
+            file.in_vain = 0
             self._drop_if_complete(file)
+        elif mapped.outcome == MAPPED_NO_ROOM and file.stage is Stage.SHARED:
+            file.uses[use].no_room = True
+            self._give_up_unmapped(file)
+
+    def _give_up_unmapped(self, file: _File) -> None:
+        """Give back grants that no consumer could map, and try again; in the end only with others or another offer."""
+        if file.uses and all(use.no_room for use in file.uses.values()):
+            file.unmapped, file.in_vain = frozenset(file.uses), file.in_vain + 1
+            file.retry_at = self._now + self.settings.room_retry
+            self._leave(file)
 
     def _drop_if_complete(self, file: _File) -> None:
         if self.settings.drop and not file.dropped and all(use.pages for use in file.uses.values()):
@@ -1083,6 +1153,7 @@ class Agent:
         elif file.stage is Stage.SHARED:
             if file.uses:
                 self._drop_if_complete(file)
+                self._give_up_unmapped(file)
             else:
                 self._leave(file)
         elif file.stage is Stage.ASKING and not file.uses:
@@ -1114,6 +1185,9 @@ class Agent:
     def _on_withdraw(self, withdraw: wire.Withdraw) -> None:
         for file_id in array("I", withdraw.ids):
             file = self._current(file_id)
+            if file is not None and withdraw.reason == wire.WithdrawReason.OPERATOR:
+                # Until the broker offers again: it would refuse.
+                file.available, file.refusal = 0, Verdict.DETACHED.code
             if file is None or file.stage in (Stage.PLAIN, Stage.LEASING):
                 self._release.append(file_id)
             elif file.stage is Stage.SHARED:
@@ -1138,6 +1212,16 @@ class Agent:
             file.detached = False
             self._advance(file)
 
+    def _on_suspending(self) -> None:
+        self._suspending = True
+        for key in list(self._shared_keys):
+            self._leave(self._files[key])
+
+    def _on_resumed(self) -> None:
+        self._suspending = False
+        for file in list(self._files.values()):
+            self._advance(file)
+
     # ------------------------------------------------------------------------------------------------------- time
 
     def _on_tick(self) -> None:
@@ -1149,16 +1233,13 @@ class Agent:
             file = self._files.get(key)
             if file is not None and file.stage is Stage.PLAIN:
                 self._advance(file)
-                if file.stage is Stage.PLAIN and self._now < file.retry_at:
-                    self._again[key] = None
         for key in list(islice(self._crowded, max(0, self.settings.max_attached_files - len(self._shared_keys)))):
             del self._crowded[key]
             file = self._files.get(key)
             if file is not None:
                 self._advance(file)
-        if self._welcome is not None and self._now >= self._stats_at:
-            self._stats_at = self._now + self.settings.stats_interval
-            self._act(Send(self._stats()))
+        if self._welcome is not None and (self._now >= self._stats_at or self._memory_dwindles()):
+            self._say_stats()
         if self.settings.drop and self._now >= self._drop_at:
             self._drop_at = self._now + self.settings.drop_interval
             if not self._drop_queue:
@@ -1182,6 +1263,18 @@ class Agent:
                     self._act(CutOff(consumer))
 
     # ------------------------------------------------------------------------------------------------- looking in
+
+    def _say_stats(self) -> None:
+        self._stats_at = self._now + self.settings.stats_interval
+        self._told = self._memory
+        self._act(Send(self._stats()))
+
+    def _memory_dwindles(self) -> bool:
+        """Whether the broker should hear at once, so that it gives memory back before the guest runs short of it."""
+        less = self._told.available_bytes - self._memory.available_bytes
+        if less > self._memory.total_bytes // 32:
+            return True
+        return any(self._told.pressure < mark <= self._memory.pressure for mark in PRESSURE_MARKS)
 
     def _stats(self) -> wire.AgentStats:
         versions = [file.version for file in self._files.values() if file.version is not None]
@@ -1217,6 +1310,7 @@ class Agent:
             "pool": self._welcome.pool if self._welcome is not None else None,
             "refused": self._refused or None,
             "detached": self._detach_all,
+            "mappings_off": self.settings.mappings_off or None,
             "files": stats.files,
             "resident_pages": stats.resident_pages,
             "zero_pages": stats.zero_pages,

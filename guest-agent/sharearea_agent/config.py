@@ -18,6 +18,9 @@ MAX_FOLDERS: Final = 256
 # The kernel takes a lease from us after 45 s (/proc/sys/fs/lease-break-time): by then consumers must have let go.
 MAX_LEASE_TIMEOUT: Final = 40.0  # seconds
 
+BACKEND_LOCAL: Final = "local"
+BACKEND_XEN: Final = "xen"
+
 _HINT: Final = "docs/examples/agent.toml shows every key with its default"
 
 
@@ -34,6 +37,10 @@ class AgentConfig:
     root: Path = field(default=Path("/"), metadata=key(schema.AbsolutePath('"/"')))
     exclude: tuple[str, ...] = field(default=(), metadata=key(schema.ListOf(schema.Glob(), 0, MAX_GLOBS)))
     one_file_system: bool = field(default=True, metadata=key(schema.Boolean()))
+    backend: str = field(default=BACKEND_LOCAL, metadata=key(schema.Choice((BACKEND_LOCAL, BACKEND_XEN))))
+    allow_user_mappings: bool = field(default=False, metadata=key(schema.Boolean()))
+    consumer_group: str = field(default="", metadata=key(schema.OptionalName(example='"sharearea"')))
+    world_readable: bool = field(default=True, metadata=key(schema.Boolean()))
     broker_socket: Path = field(
         default=Path("/run/sharearea/broker.sock"), metadata=key(schema.socket_path('"/run/sharearea/broker.sock"'))
     )
@@ -75,6 +82,7 @@ class AgentConfig:
         if config is not None:
             _check_folders(config, problems)
             _check_paths(config, problems)
+            _check_backend(config, problems)
         problems.raise_if_any(_HINT)
         assert config is not None  # or there was a problem
         return config
@@ -101,3 +109,15 @@ def _check_paths(config: AgentConfig, problems: Problems) -> None:
         if path in taken:
             problems.add(f"agent.{name}", f"is the path of agent.{taken[path]} too", "choose another path")
         taken.setdefault(path, name)
+
+
+def _check_backend(config: AgentConfig, problems: Problems) -> None:
+    if config.backend == BACKEND_XEN:
+        return
+    for name, value, meant in (
+        ("allow_user_mappings", config.allow_user_mappings, False),
+        ("consumer_group", config.consumer_group, ""),
+        ("world_readable", config.world_readable, True),
+    ):
+        if value != meant:
+            problems.add(f"agent.{name}", f'is for agent.backend = "{BACKEND_XEN}"', "leave it out")

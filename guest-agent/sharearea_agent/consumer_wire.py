@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .common.errors import ProtocolError
-from .common.wire import MAX_GRANT_RUNS, MAX_IDS, Codec, Message, column, text, uint
+from .common.wire import MAX_DOMID, MAX_GRANT_RUNS, MAX_IDS, Codec, Message, column, text, uint
 
 # -------------------------------------------------------------------------------------------- consumer -> agent
 
@@ -115,5 +115,37 @@ class SegmentsGone(Message):
     numbers: bytes = column(4, MAX_IDS)
 
 
+@dataclass(frozen=True, slots=True)
+class GrantDevice(Message):
+    """The guest's grant device, for the ShareGrants of this handle that follows (`xen`); its descriptor travels with
+    the message. Close it as soon as the pages are mapped, or are not going to be: it keeps grants in use.
+    """
+
+    TYPE: ClassVar[int] = 38
+    FD: ClassVar[bool] = True
+    handle: int = uint(0xFFFFFFFF)
+
+
+@dataclass(frozen=True, slots=True)
+class ShareGrants(Message):
+    """Put these pages under your mapping (`xen`): runs (page, first grant reference, count) of domain `domid`.
+
+    `movable` 1: this kind of guest can move mappings of grants (PVH and HVM), 0: it cannot (PV). The descriptor that
+    travels with it holds a read lease, as with Share.
+    """
+
+    TYPE: ClassVar[int] = 39
+    FD: ClassVar[bool] = True
+    handle: int = uint(0xFFFFFFFF)
+    generation: int = uint(0xFFFFFFFF)
+    domid: int = uint(MAX_DOMID)
+    movable: int = uint(1)
+    runs: bytes = column(12, MAX_GRANT_RUNS)
+
+
 CONSUMER_TO_AGENT = Codec("consumer -> agent", (Open, Close, Mapped, LetGo), max_frame=1 << 16)
-AGENT_TO_CONSUMER = Codec("agent -> consumer", (ShareSegment, Share, Unshare, Plain, SegmentsGone), max_frame=1 << 21)
+AGENT_TO_CONSUMER = Codec(
+    "agent -> consumer",
+    (ShareSegment, Share, Unshare, Plain, SegmentsGone, GrantDevice, ShareGrants),
+    max_frame=1 << 21,
+)

@@ -7,6 +7,7 @@ decided in agent.py; this module turns messages into events and actions into mes
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import resource
@@ -14,11 +15,12 @@ import selectors
 import socket
 import stat
 import struct
+from array import array
 from collections import deque
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from . import agent
 from .agent import ConsumerId, Event, FileKey, Handle
@@ -30,14 +32,13 @@ from .common.wire import Message
 from .consumer_wire import (
     AGENT_TO_CONSUMER,
     CONSUMER_TO_AGENT,
+    MAPPED_NO_ROOM,
     Close,
     LetGo,
     Mapped,
     Open,
     Plain,
     SegmentsGone,
-    Share,
-    ShareSegment,
     Unshare,
 )
 from .mapper import Mapper
@@ -47,6 +48,8 @@ _MAX_QUEUE: Final = 8 << 20
 _MAX_FDS: Final = 256  # descriptors that may arrive ahead of their messages
 _SPARE_FDS: Final = 192  # for segments, the scanner's folders, the cache and the sockets
 _UCRED: Final = struct.Struct("iII")
+_SO_PEERGROUPS: Final = 59  # Linux 4.13, asm-generic/socket.h
+_MAX_GROUPS: Final = 4096
 
 
 @dataclass(slots=True, eq=False)
@@ -63,8 +66,25 @@ class _Consumer:
     link: StreamLink
     pid: int
     uid: int
+    allowed: bool
     files: dict[Handle, FileKey] = field(default_factory=dict)
     segments: set[int] = field(default_factory=set)
+
+
+class Credentials(NamedTuple):
+    """Who is at the other end of a socket, as the kernel says: of the process that connected, when it did."""
+
+    pid: int
+    uid: int
+    gids: frozenset[int]
+
+
+def _credentials(sock: socket.socket) -> Credentials:
+    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    gids = array("I")
+    with contextlib.suppress(OSError):  # more groups than room: those do not count
+        gids.frombytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MAX_GROUPS * gids.itemsize))
+    return Credentials(pid, uid, frozenset({gid, *gids}))
 
 
 class ConsumerHub:
@@ -77,11 +97,14 @@ class ConsumerHub:
         mapper: Mapper,
         feed: Callable[[Event], None],
         log: Callable[..., None],
+        allow: Callable[[Credentials], bool] = lambda _: True,
     ) -> None:
+        """`allow`: whether a program with these credentials gets handles; one that may not stays plain."""
         self._selector = selector
         self._mapper = mapper
         self._feed = feed
         self._log = log
+        self._allow = allow
         self._next = 0
         self._consumers: dict[ConsumerId, _Consumer] = {}
         self.files: dict[FileKey, OpenFile] = {}
@@ -89,7 +112,7 @@ class ConsumerHub:
         self._max_files = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _MAX_FDS - _SPARE_FDS)
         self._leases: dict[tuple[ConsumerId, Handle], int] = {}  # of consumers: our duplicate of each
         self._limits: set[str] = set()  # those that have been logged and still hold
-        # Every program of the domain may connect; it gets what its own descriptors prove.
+        # Every program of the domain may connect; it gets what its own descriptors prove, if it is allowed to.
         self._door = Door(path, 0o666, 128)
         selector.register(self._door, selectors.EVENT_READ, self._accept)
 
@@ -106,7 +129,7 @@ class ConsumerHub:
             self._at_limit("accept", f"{_MAX_CONSUMERS} consumers are connected")
             return
         self._limits.discard("accept")
-        pid, uid, _gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        who = _credentials(sock)
         link = StreamLink(
             sock,
             incoming=CONSUMER_TO_AGENT,
@@ -115,7 +138,7 @@ class ConsumerHub:
             accept_fds=_MAX_FDS,
         )
         self._next += 1
-        consumer = _Consumer(self._next, link, pid, uid)
+        consumer = _Consumer(self._next, link, who.pid, who.uid, self._allow(who))
         self._consumers[consumer.id] = consumer
         self._selector.register(link, selectors.EVENT_READ, lambda mask: self._ready(consumer, mask))
 
@@ -169,6 +192,9 @@ class ConsumerHub:
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
         if not stat.S_ISREG(info.st_mode) or flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
             raise ProtocolError("a descriptor that does not give the right to read a regular file")
+        if not consumer.allowed:
+            self._send(consumer, Plain(message.handle, "not-allowed"))
+            return
         key = FileKey(info.st_dev, info.st_ino)
         use = (consumer.id, message.handle)
         if message.length != info.st_size:
@@ -204,19 +230,26 @@ class ConsumerHub:
         consumer = self._consumers.get(action.consumer)
         if consumer is None:
             return
-        runs, segments, numbers = self._mapper.translate(action.runs)
+        try:
+            parcel = self._mapper.parcel(action, consumer.segments)
+        except HostError as error:
+            self._at_limit("handles", f"cannot send a consumer its handles: {error.message}")
+            self._send(consumer, Plain(action.handle, "agent-limit"))
+            self._feed(agent.ConsumerMapped(consumer.id, action.handle, action.generation, 0, MAPPED_NO_ROOM))
+            return
+        self._limits.discard("handles")
         try:
             lease = self._lease_for(consumer, action.handle)
+            for message, fd in parcel.before:
+                self._send(consumer, message, fd)
+            consumer.segments.update(parcel.segments)
+            self._send(consumer, parcel.share, lease)
         except (OSError, NativeError) as error:
             # A writer is there already (the agent hears of it and ends this), or descriptors are used up.
             self._at_limit("files", f"cannot take a lease for a consumer: {error}")
             self._send(consumer, Plain(action.handle, "lease-refused"))
-            return
-        for number in numbers:
-            if number not in consumer.segments:
-                self._send(consumer, ShareSegment(number), self._mapper.segment_fd(number))
-                consumer.segments.add(number)
-        self._send(consumer, Share(action.handle, action.generation, runs, segments), lease)
+        finally:
+            parcel.close()
 
     def _lease_for(self, consumer: _Consumer, handle: Handle) -> int:
         """Take the read lease that a consumer holds itself, so that it outlives this agent, and return its descriptor.

@@ -7,6 +7,7 @@ cache, for everything that may wait for a disk; jobs that somebody waits for go 
 from __future__ import annotations
 
 import contextlib
+import grp
 import os
 import resource
 import secrets
@@ -16,6 +17,7 @@ import socket
 import time
 from array import array
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import SystemRandom
@@ -26,24 +28,24 @@ from .agent import Action, Agent, Event, FileIdentity, FileKey, SendPages
 from .cache import FingerprintCache, coarse_clock_ns
 from .common import __version__, native, wire
 from .common.control import ControlServer
-from .common.errors import HostError, NativeError, ProtocolError, UsageError
-from .common.link import LinkClosed, QueueFull, StreamLink
+from .common.errors import HostError, NativeError, ProtocolError, ShareareaError, UsageError
+from .common.link import Link, LinkClosed, QueueFull
 from .common.logs import EventLog
-from .common.wire import AGENT_TO_BROKER, BROKER_TO_AGENT
-from .config import AgentConfig
-from .consumers import ConsumerHub
-from .mapper import LocalMapper
+from .config import BACKEND_XEN, AgentConfig
+from .connect import Connector, RingConnector, SocketConnector, guest_kind
+from .consumers import ConsumerHub, Credentials
+from .mapper import GUEST_PV, LocalMapper, Mapper, XenMapper
 from .scan import Counters, Pass, Run, Scanner, ScanSettings, runs_of, vanished
 from .watch import FolderWatch
 from .worker import Job, Steps, Then, Worker
 
 _TICK_S: Final = 0.25
-_MAX_QUEUE: Final = 16 << 20
 _REPORT_ROOM: Final = 1 << 20  # reports go out while fewer bytes than this wait for the broker
-_CONNECT_TIMEOUT_S: Final = 2.0
 _CUT_OFF_S: Final = 2.0  # at the end, for what follows when consumers that hang are cut off
-_MEMORY_S: Final = 10.0  # between two looks at our own memory
+_MEMORY_S: Final = 1.0  # between two looks at the guest's memory
+_OWN_MEMORY_S: Final = 10.0  # between two looks at our own
 _DUE_S: Final = 1.0  # between two looks at files that were too young to be trusted
+_SUSPEND_S: Final = 10.0  # after a suspend was announced; none that comes is announced earlier
 
 
 class Runner:
@@ -55,8 +57,11 @@ class Runner:
         self._selector = selectors.DefaultSelector()
         self._undo = contextlib.ExitStack()
         self._events: deque[Event] = deque()
-        self._link: StreamLink | None = None
-        self._mapper = LocalMapper()
+        self._link: Link | None = None
+        self._connector: Connector | None = None
+        self._resume_at: float | None = None
+        self._guest_kind = guest_kind() if config.backend == BACKEND_XEN else ""
+        self._mapper: Mapper = XenMapper(self._guest_kind) if config.backend == BACKEND_XEN else LocalMapper()
         self._leases: dict[int, FileKey] = {}  # descriptor -> file
         self._wanted: deque[SendPages] = deque()
         self._wanted_at = 0  # pages of the first wanted file that were sent
@@ -79,6 +84,9 @@ class Runner:
         self._next_tick = 0.0
         self._started = time.monotonic()
         self._memory_at = 0.0
+        self._own_memory_at = 0.0
+        self._own_memory = 0
+        self._mappings_off = self._why_no_mappings()
         settings = agent.Settings(
             name=config.name,
             version=__version__,
@@ -88,6 +96,7 @@ class Runner:
             lease_timeout=config.lease_timeout,
             reconnect_max=config.reconnect_max,
             max_attached_files=config.max_attached_files,
+            mappings_off=self._mappings_off[0],
         )
         self.agent = Agent(settings, SystemRandom().random)
 
@@ -111,8 +120,15 @@ class Runner:
         self._undo.callback(self._mapper.close)
         self._control = ControlServer(config.control_socket, 0o600, self._answer, self._selector)
         self._undo.callback(self._control.close)
+        self._connector = self._make_connector()
+        self._undo.callback(self._connector.close)
         self._hub = ConsumerHub(
-            config.consumer_socket, self._selector, self._mapper, self._events.append, self.log.event
+            config.consumer_socket,
+            self._selector,
+            self._mapper,
+            self._events.append,
+            self.log.event,
+            self._who_may(),
         )
         self._undo.callback(self._hub.close)
         self._worker = Worker(self._wake, self._on_job_failed, self._close_cache)
@@ -123,6 +139,52 @@ class Runner:
         for error in self._watch.start():
             self.log.event("watch.limited", detail=error.message, hint=error.hint)
         self.log.event("agent.started", name=config.name, folders=[str(folder) for folder in config.folders])
+        reason, hint = self._mappings_off
+        if reason or hint:
+            self.log.event("mappings.limited", reason=reason, hint=hint)
+
+    def _why_no_mappings(self) -> tuple[str, str]:
+        """Return the reason code if nothing may be shared with programs of this guest ("": it may), and what helps."""
+        if self.config.backend != BACKEND_XEN:
+            return "", ""
+        if self._guest_kind != GUEST_PV and not self.config.allow_user_mappings:
+            return "user-mappings-off", "agent.allow_user_mappings; its hazard is in docs/examples/agent.toml"
+        try:
+            fd, noexec = native.open_grant_device()
+        except (HostError, NativeError) as error:
+            return "no-grant-device", error.hint or error.message
+        os.close(fd)
+        if not noexec:
+            return (
+                "",
+                "programs could make mappings executable, which ends a PVH guest: mount /dev noexec for the agent",
+            )
+        return "", ""
+
+    def _make_connector(self) -> Connector:
+        if self.config.backend != BACKEND_XEN:
+            return SocketConnector(self.config.broker_socket)
+        return RingConnector(
+            self._selector,
+            arrived=self._on_arrived,
+            lost=lambda why: self._events.append(agent.LinkDown(why)),
+            suspending=self._on_suspending,
+            restored=self._on_restored,
+        )
+
+    def _who_may(self) -> Callable[[Credentials], bool]:
+        """Return who of this guest's programs may be given handles."""
+        if self.config.backend != BACKEND_XEN:
+            return lambda _: True
+        gid = None
+        if self.config.consumer_group:
+            try:
+                gid = grp.getgrnam(self.config.consumer_group).gr_gid
+            except KeyError:
+                raise HostError(
+                    f"there is no group {self.config.consumer_group}", "see agent.consumer_group in the configuration"
+                ) from None
+        return lambda who: who.uid == 0 or gid in who.gids
 
     def run(self) -> None:
         """Work until SIGTERM, SIGINT or stop()."""
@@ -183,9 +245,17 @@ class Runner:
 
     def _tick(self, now: float) -> None:
         memory = None
-        if now >= self._memory_at:  # the kernel walks all our mappings for it
+        if now >= self._own_memory_at:  # the kernel walks all our mappings for it
+            self._own_memory_at = now + _OWN_MEMORY_S
+            self._own_memory = _private_bytes()
+        if now >= self._memory_at:
             self._memory_at = now + _MEMORY_S
-            memory = _memory()
+            memory = _memory(self._own_memory)
+        if self._connector is not None:
+            self._connector.check()
+        if self._resume_at is not None and now >= self._resume_at:
+            self._resume_at = None
+            self._events.append(agent.Resumed())
         self._events.append(agent.Tick(memory))
         self._hub.release_unused(self._leases)
         self._look_at_changes(now)
@@ -222,33 +292,47 @@ class Runner:
     # ---------------------------------------------------------------------------------------------------- the broker
 
     def _connect(self) -> None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.settimeout(_CONNECT_TIMEOUT_S)
+        assert self._connector is not None
         try:
-            sock.connect(os.fspath(self.config.broker_socket))
-        except OSError as error:
-            sock.close()
-            self._events.append(agent.LinkDown(f"{self.config.broker_socket}: {error.strerror or error}"))
+            link = self._connector.connect()
+        except ShareareaError as error:
+            self._events.append(agent.LinkDown(error.message))
             return
-        self._link = StreamLink(
-            sock, incoming=BROKER_TO_AGENT, outgoing=AGENT_TO_BROKER, max_queue_bytes=_MAX_QUEUE, accept_fds=64
-        )
-        self._selector.register(self._link, selectors.EVENT_READ, self._on_link)
+        if link is not None:
+            self._on_arrived(link)
+
+    def _on_arrived(self, link: Link) -> None:
+        self._link = link
+        self._selector.register(link, link.poll_events(True), self._on_link)
         self._events.append(agent.LinkUp())
+
+    def _on_suspending(self) -> None:
+        """Have consumers let go at once. The kernel stops us soon, and there is no word of when it has."""
+        self._events.append(agent.Suspending())
+        self._resume_at = time.monotonic() + _SUSPEND_S
+        self.log.event("domain.suspending", attached_files=self.agent.status()["attached_files"])
+
+    def _on_restored(self) -> None:
+        """Nothing of what the domain was before is worth anything: neither grants nor the link."""
+        self._events.append(agent.Suspending())
+        self._lose_link("this domain goes on as another one")
+        self._events.append(agent.Resumed())
+        self._resume_at = None
+        self.log.event("domain.restored", attached_files=self.agent.status()["attached_files"])
 
     def _on_link(self, mask: int) -> None:
         link = self._link
         if link is None:
             return
         try:
-            if mask & selectors.EVENT_WRITE:
+            if mask & selectors.EVENT_WRITE or link.wants_write:
                 link.flush()
             if mask & selectors.EVENT_READ:
                 self._on_messages(link, deque(link.receive()))
         except (LinkClosed, ProtocolError) as error:
             self._lose_link(error.message)
 
-    def _on_messages(self, link: StreamLink, messages: deque[tuple[wire.Message, int | None]]) -> None:
+    def _on_messages(self, link: Link, messages: deque[tuple[wire.Message, int | None]]) -> None:
         """Take up messages in their order; those behind one that ended the connection are nobody's any more."""
         try:
             while messages and self._link is link:
@@ -257,10 +341,7 @@ class Runner:
                     if self._link is not link:
                         return
                 message, fd = messages.popleft()
-                if isinstance(message, wire.Segment) and fd is not None:
-                    self._mapper.add_segment(message.segment, fd)
-                elif isinstance(message, wire.Welcome):
-                    self._mapper.slots_per_segment = message.slots_per_segment
+                self._mapper.learn(message, fd)
                 self._events.append(agent.FromBroker(message))
             self._drain()
         finally:
@@ -285,7 +366,7 @@ class Runner:
         except LinkClosed as error:
             self._lose_link(error.message)
             return
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.wants_write else 0)
+        events = link.poll_events(True)
         if self._selector.get_key(link).events != events:
             self._selector.modify(link, events, self._on_link)
 
@@ -387,7 +468,7 @@ class Runner:
             fd = os.dup(file.fd)
         except OSError:
             return  # at the limit of descriptors: the next interval tries again
-        runs = array("I", action.runs)
+        runs = array("I", native.join_runs(action.runs))
         covered = sum(runs[2::3])
         # Dropping goes by whole folios: one call over the file gets more of it than many over its parts. What is not
         # in the area is dropped along only where that is little.
@@ -426,6 +507,7 @@ class Runner:
             include_hints=action.include,
             exclude_hints=action.exclude,
             one_file_system=config.one_file_system,
+            world_readable=config.world_readable,
         )
         if self._scanner_of == (action.epoch, settings):
             return
@@ -564,7 +646,7 @@ class Runner:
 
         return job
 
-    def _fetched(self, link: StreamLink | None, data: wire.Data) -> None:
+    def _fetched(self, link: Link | None, data: wire.Data) -> None:
         """Answer a fetch on the connection that it came on: another broker's requests have the same numbers."""
         if self._link is link:
             self._send(data)
@@ -672,8 +754,8 @@ def _runs(pages: bytes | None, start: int, count: int) -> list[Run]:
     return [(start, count)] if pages is None else runs_of(pages[start * 4 : (start + count) * 4])
 
 
-def _memory() -> agent.Memory:
-    """Return what the kernel says of our own and the guest's memory."""
+def _memory(own: int) -> agent.Memory:
+    """Return what the kernel says of the guest's memory, beside what it said of our own."""
     info: dict[str, int] = {}
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -684,7 +766,7 @@ def _memory() -> agent.Memory:
     with contextlib.suppress(OSError, ValueError, IndexError):
         some = Path("/proc/pressure/memory").read_text().split("avg10=", 1)[1]
         pressure = min(10_000, round(float(some.split()[0]) * 100))
-    return agent.Memory(_private_bytes(), info.get("MemTotal", 0), info.get("MemAvailable", 0), pressure)
+    return agent.Memory(own, info.get("MemTotal", 0), info.get("MemAvailable", 0), pressure)
 
 
 def _private_bytes() -> int:

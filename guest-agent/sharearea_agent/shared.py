@@ -7,6 +7,10 @@ agent, or when it dies, a mapping is simply the file.
 Needs two descriptors per open file (the mapping's own and the one that puts the file back), a third while pages of it
 are shared (the lease, which this process holds itself so that a dying agent lets no writer in), and one mapping per run
 of shared pages; where the process would run out of mappings, a file stays plain.
+
+In a Xen guest shared pages are grants (native/gntdev.c): they never become executable, and a child of a fork that does
+not run Python's hooks, nor another program right away, must not touch them. Memory of another kind of guest than PV
+must be let go before the guest is suspended, or reads 0xFF afterwards; that is why it takes a setting of the agent.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import stat
 import threading
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, Self
 
@@ -35,12 +39,14 @@ from .consumer_wire import (
     MAPPED_DONE,
     MAPPED_NO_ROOM,
     Close,
+    GrantDevice,
     LetGo,
     Mapped,
     Open,
     Plain,
     SegmentsGone,
     Share,
+    ShareGrants,
     ShareSegment,
     Unshare,
 )
@@ -50,6 +56,7 @@ SOCKET_VARIABLE: Final = "SHAREAREA_AGENT_SOCKET"
 
 _RETRY_S: Final = (0.2, 5.0)  # first and longest pause before the agent is tried again
 _STABLE_S: Final = 1.0  # a connection that lasted longer was a good one
+_ADVICE: Final = (mmap.MADV_NORMAL, mmap.MADV_RANDOM, mmap.MADV_SEQUENTIAL)  # that no page comes or goes by
 _MAPS_SHARE: Final = 0.75  # of vm.max_map_count that shared runs may take in one process
 
 
@@ -73,6 +80,17 @@ class SharedFile(mmap.mmap):
     def reason(self) -> str:
         """Return why the file is plain: the agent's reason code, `no-agent`, or "" while pages are shared."""
         return "" if self._shared_pages else self._reason
+
+    def madvise(self, option: int, start: int = 0, length: int | None = None) -> None:
+        """Give the kernel advice, as mmap.mmap does.
+
+        While pages are another domain's, only advice about reading ahead: MADV_DONTNEED and the like would have nothing
+        to do there, and break the kernel of a PV guest.
+        """
+        with self._lock:
+            if self._granted and option not in _ADVICE:
+                return
+            super().madvise(option, start, len(self) - start if length is None else length)
 
     def close(self) -> None:
         """Unmap the file and tell the agent. Twice is fine. BufferError: a view of it is still in use."""
@@ -106,6 +124,7 @@ class SharedFile(mmap.mmap):
     _length: int
     _shared_pages: int
     _runs: int
+    _granted: bool
     _lease: int
     _reason: str
     _answered: threading.Event
@@ -118,6 +137,7 @@ class SharedFile(mmap.mmap):
         self._handle = 0
         self._shared_pages = 0
         self._runs = 0
+        self._granted = False
         self._lease = -1
         self._reason = "no-agent"
         self._answered = threading.Event()
@@ -131,6 +151,7 @@ class SharedFile(mmap.mmap):
         if self._fd >= 0 and self._runs:
             native.map_file(self, self._fd, 0, self._pages)
         self._shared_pages = self._runs = 0
+        self._granted = False
         self._keep_lease(-1)
 
     def _keep_lease(self, fd: int) -> None:
@@ -215,6 +236,7 @@ class _Session:
         self._next = 0
         self._link: StreamLink | None = None
         self._segments: dict[int, tuple[int, mmap.mmap]] = {}
+        self._device = (0, -1)  # the grant device, and for which handle it came
         self._room = int(_max_map_count() * _MAPS_SHARE)
         self._again = threading.Event()
         self._thread: threading.Thread | None = None
@@ -309,6 +331,7 @@ class _Session:
         if link is not None:
             link.close()  # not before: an agent that is there takes it for our having let go
         self._drop_segments(list(self._segments))
+        self._drop_device()
 
     def _on_message(self, link: StreamLink, message: Message, fd: int | None) -> None:
         match message:
@@ -327,18 +350,37 @@ class _Session:
                     shared._answered.set()
             case Share():
                 assert fd is not None
-                self._on_share(link, message, fd)
+                runs, segments = array("I", message.runs), array("I", message.segments)
+                self._on_share(link, message, fd, lambda shared: self._share(shared, runs, segments))
+            case GrantDevice():
+                assert fd is not None
+                self._drop_device()
+                self._device = (message.handle, fd)
+            case ShareGrants():
+                assert fd is not None
+                grants = message
+                try:
+                    self._on_share(link, grants, fd, lambda shared: self._share_grants(shared, grants))
+                finally:
+                    self._drop_device()
             case Unshare():
                 shared = self._files.get(message.handle)
                 if shared is not None:
                     with shared._lock:
+                        if shared._shared_pages:
+                            shared._reason = "withdrawn"
                         if shared._session is self:
                             shared._put_back()
-                    shared._reason = "withdrawn"
                 with self._lock:
                     self._send(link, LetGo(message.handle, message.generation))
 
-    def _on_share(self, link: StreamLink, share: Share, lease: int) -> None:
+    def _on_share(
+        self,
+        link: StreamLink,
+        share: Share | ShareGrants,
+        lease: int,
+        put: Callable[[SharedFile], tuple[int, int]],
+    ) -> None:
         shared = self._files.get(share.handle)
         outcome, pages = MAPPED_NO_ROOM, 0
         if shared is None:
@@ -348,7 +390,7 @@ class _Session:
                 shared._put_back()
                 shared._keep_lease(lease)
                 if shared._session is self:
-                    outcome, pages = self._share(shared, array("I", share.runs), array("I", share.segments))
+                    outcome, pages = put(shared)
                 if outcome != MAPPED_DONE:
                     shared._put_back()
         with self._lock:
@@ -385,11 +427,41 @@ class _Session:
                 at = end
             if pages < shared._pages:
                 # Pages in between come from the file: read-ahead would bring the shared ones back into the cache.
-                shared.madvise(mmap.MADV_RANDOM)
+                super(SharedFile, shared).madvise(mmap.MADV_RANDOM)
         except (NativeError, OSError, KeyError, ValueError):
             return MAPPED_NO_ROOM, 0
         shared._shared_pages = pages
         return MAPPED_DONE, pages
+
+    def _share_grants(self, shared: SharedFile, share: ShareGrants) -> tuple[int, int]:
+        """Do what _share does, with pages of another domain."""
+        handle, device = self._device
+        used = sum(other._runs for other in list(self._files.values()))
+        if handle != share.handle or device < 0 or os.fstat(shared._fd).st_size != shared._length:
+            return MAPPED_NO_ROOM, 0
+        pages = sum(array("I", share.runs)[2::3])
+        try:
+            with native.Grants(device, share.domid, share.runs, movable=bool(share.movable)) as grants:
+                if used + grants.stretches() > self._room:
+                    return MAPPED_NO_ROOM, 0
+                if not grants.compare(shared._fd):
+                    return MAPPED_DIFFERENT, 0
+                if not native.lease_held(shared._lease):
+                    return MAPPED_NO_ROOM, 0  # a writer waits already: Unshare is on its way
+                if pages < shared._pages:
+                    super(SharedFile, shared).madvise(mmap.MADV_RANDOM)  # as in _share
+                shared._runs, shared._granted = grants.stretches(), True
+                grants.place(device, shared, shared._pages, shared._fd)
+        except (NativeError, OSError, ValueError):
+            return MAPPED_NO_ROOM, 0
+        shared._shared_pages = pages
+        return MAPPED_DONE, pages
+
+    def _drop_device(self) -> None:
+        """Close the grant device: while it is open, so are the grants that were mapped through it."""
+        (_, fd), self._device = self._device, (0, -1)
+        if fd >= 0:
+            os.close(fd)
 
     def _drop_segments(self, numbers: list[int] | array[int]) -> None:
         for number in numbers:
@@ -436,6 +508,7 @@ class _Session:
             shared._reason = "forked"
         self._files.clear()
         self._drop_segments(list(self._segments))
+        self._drop_device()
 
 
 def _after_fork() -> None:

@@ -68,6 +68,9 @@ EVENTS: Final[dict[str, tuple[str, str]]] = {
     "file.mismatch": ("error", "a consumer found other bytes in the area than in the file; the file stays plain"),
     "consumer.refused": ("warning", "a program sent what it must not; its files stay plain"),
     "consumer.hung": ("error", "a program does not put its plain files back while a writer waits"),
+    "mappings.limited": ("warning", "pages of the area cannot be shared with this guest's programs, or not safely"),
+    "domain.suspending": ("info", "this domain is about to be suspended; consumers go back to their plain files"),
+    "domain.restored": ("info", "this domain goes on as another one; what was shared is void, and begins anew"),
     "files.detached": ("info", "consumers go back to their plain files"),
     "files.reattached": ("info", "consumers may share again"),
 }

@@ -1,9 +1,10 @@
 """The native core, typed: the only module that imports the extension.
 
-Callers see ints, bytes and the classes Segment, NativePageTable, Ring and Vchan, never a pointer. Every -errno becomes
-an exception in one place (`_MEANINGS`). What the functions do is said once, in native/api.h; the docstrings here add
-the shapes of the Python side. A column is a packed array in this machine's (little-endian) byte order: a fingerprint
-column has 32 bytes per page, an id, slot or position column 4, a run column 8 (first, count) or 12 (page, slot, count).
+Callers see ints, bytes and the classes Segment, Grants, NativePageTable, Ring and Vchan, never a pointer. Every -errno
+becomes an exception in one place (`_MEANINGS`). What the functions do is said once, in native/api.h; the docstrings
+here add the shapes of the Python side. A column is a packed array in this machine's (little-endian) byte order: a
+fingerprint column has 32 bytes per page, an id, slot or position column 4, a run column 8 (first, count) or 12 (page,
+slot, count).
 
 Columns go in as any contiguous bytes-like object and are not copied, unless 32-bit numbers in them are not aligned to 4
 bytes. A column whose length is not a multiple of its element is a ValueError, and so is a number that does not fit its
@@ -37,6 +38,7 @@ PAGE_SIZE: Final[int] = lib.SA_PAGE_SIZE
 FP_SIZE: Final[int] = lib.SA_FP_SIZE
 SEGMENT_HEADER: Final[int] = lib.SA_SEGMENT_HEADER
 SEED_SIZE: Final = 40
+GRANTS_AT_ONCE: Final[int] = lib.SA_GRANTS_AT_ONCE
 NO_SLOT: Final = 0xFFFFFFFF
 
 KERNEL_RUNS: Final[int] = lib.SA_KERNEL_RUNS
@@ -96,6 +98,16 @@ _MEANINGS: Final[dict[tuple[str, int], _Meaning]] = {
     ("sa_compare_runs", errno.ERANGE): _Meaning(NativeError, "a run lies outside the mapping"),
     ("sa_map_runs", errno.ENOMEM): _TOO_MANY_MAPPINGS,
     ("sa_map_file", errno.ENOMEM): _TOO_MANY_MAPPINGS,
+    ("sa_grants_open", errno.ENOENT): _Meaning(
+        HostError, "this system has no grant device", "run as a Xen guest, and load the module xen-gntdev"
+    ),
+    ("sa_grants_open", errno.EACCES): _Meaning(HostError, "no right to open the grant device", "run as root"),
+    ("sa_grants_create", errno.EINVAL): _Meaning(
+        NativeError, "a reference that is not granted to this domain, or the hypervisor has no room for more mappings"
+    ),
+    ("sa_grants_create", errno.ENOMEM): _TOO_MANY_MAPPINGS,
+    ("sa_grants_place", errno.ERANGE): _Meaning(NativeError, "a run lies outside the mapping"),
+    ("sa_grants_place", errno.ENOMEM): _TOO_MANY_MAPPINGS,
     ("sa_lease_take", errno.EAGAIN): _Meaning(NativeError, "somebody has the file open for writing"),
     ("sa_lease_take", errno.EACCES): _Meaning(
         NativeError, "no right to a lease on this file", "run as the file's owner or with CAP_LEASE"
@@ -492,6 +504,87 @@ def compare_runs(buffer: mmap.mmap, npages: int, fd: int, runs: BytesLike) -> in
     with ffi.from_buffer("uint8_t[]", buffer) as base:
         _call("sa_compare_runs", ffi.cast("void *", base), npages, fd, triples, nruns, equal)
     return int(equal[0])
+
+
+# ---------------------------------------------------------------------------------------------------------- grants
+
+GRANT_DEVICE: Final = "/dev/xen/gntdev"
+
+
+class GrantCalls(NamedTuple):
+    """What this process has asked of the grant device since its start."""
+
+    map_ioctls: int
+    mmaps: int
+    pages: int
+
+
+def open_grant_device(path: str = GRANT_DEVICE) -> tuple[int, bool]:
+    """Open the grant device read only; the descriptor is the caller's.
+
+    Returns the descriptor, and whether nothing that is mapped through it can become executable, in whatever process (it
+    can never become writable). Raises HostError where there is no such device or no right to it.
+    """
+    fd, noexec = ffi.new("int *"), ffi.new("int *")
+    _call("sa_grants_open", os.fsencode(path), fd, noexec, about=path)
+    return int(fd[0]), bool(noexec[0])
+
+
+def grant_calls() -> GrantCalls:
+    """Return how many map ioctls and mmaps this process has made for grants, and for how many pages."""
+    ioctls, mmaps, pages = (ffi.new("uint64_t *") for _ in range(3))
+    lib.sa_grants_calls(ioctls, mmaps, pages)
+    return GrantCalls(int(ioctls[0]), int(mmaps[0]), int(pages[0]))
+
+
+def join_runs(runs: BytesLike) -> bytes:
+    """Join runs (page, slot, count) whose pages follow one another, whatever their slots.
+
+    Returns packed triples (page, number of its first page among all pages of the runs, count).
+    """
+    triples, nruns = _triples(runs)
+    joined, n = ffi.new("struct sa_run[]", nruns), ffi.new("size_t *")
+    _call("sa_join_runs", triples, nruns, joined, n)
+    return _taken(joined, 12 * int(n[0]))
+
+
+class Grants(_Owned):
+    """Pages of another domain, mapped beside a file to be compared with it and then put under its mapping.
+
+    runs: packed triples (page, first grant reference, count) of domain `domid`. `device` is a descriptor of the grant
+    device, which stays the caller's: a grant is let go when it is closed and the last mapping has gone. `movable`:
+    whether this kind of guest can move mappings of grants (PVH and HVM can, PV cannot). Raises NativeError; nothing is
+    mapped then.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, device: int, domid: int, runs: BytesLike, *, movable: bool) -> None:
+        ret = ffi.new("sa_grants **")
+        _call("sa_grants_create", device, domid, *_triples(runs), int(movable), ret)
+        super().__init__(ret[0], lib.sa_grants_destroy)
+
+    def stretches(self) -> int:
+        """Return how many mappings they take in place."""
+        return self._do("sa_grants_stretches")
+
+    def compare(self, fd: int) -> bool:
+        """Compare every page with its page of the file; may read disk. Not after place()."""
+        equal = ffi.new("int *")
+        self._do("sa_grants_compare", fd, equal)
+        return bool(equal[0])
+
+    def place(self, device: int, buffer: mmap.mmap, npages: int, fd: int) -> int:
+        """Put them under a mapping of the file (descriptor fd), whose first npages pages are the caller's. Once only.
+
+        Returns the stretches that were placed, which is all of them. Stays under the mapping after close();
+        map_file() is the way back, also after a NativeError, which may leave the first stretches in place.
+        """
+        _inside(buffer, npages)
+        placed = ffi.new("size_t *")
+        with ffi.from_buffer("uint8_t[]", buffer) as base:
+            self._do("sa_grants_place", device, ffi.cast("void *", base), npages, fd, placed)
+        return int(placed[0])
 
 
 # ---------------------------------------------------------------------------------------------------------- leases

@@ -288,6 +288,22 @@ class Name:
 
 
 @dataclass(frozen=True, slots=True)
+class OptionalName(Name):
+    """A name as Name takes it, or an empty text for none."""
+
+    @property
+    def expected(self) -> str:
+        """Name the characters."""
+        return f"a name of at most {MAX_NAME} characters ({NAME_CHARACTERS}), or an empty text"
+
+    def read(self, value: object, where: str, problems: Problems) -> str | None:
+        """Return the name."""
+        if value == "":
+            return ""
+        return super(OptionalName, self).read(value, where, problems)
+
+
+@dataclass(frozen=True, slots=True)
 class Uuid:
     """A uuid; capitals become small letters, as Xen writes them."""
 

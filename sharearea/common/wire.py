@@ -37,6 +37,7 @@ MAX_ATTACH = 64  # each costs the broker a pass over the file's pages
 MAX_HELD = 65_536
 MAX_GRANT_RUNS = 65_536
 MAX_GLOBS = 256
+MAX_DOMID = 0x7FEF  # Xen's highest number of a real domain
 
 NO_ROOT = bytes(FINGERPRINT_SIZE)
 
@@ -425,7 +426,7 @@ class Grantor(Message):
     """The domain whose grant references the next Granted messages carry (`xen` backend)."""
 
     TYPE: ClassVar[int] = 76
-    domid: int = uint(0x7FEF)
+    domid: int = uint(MAX_DOMID)
 
 
 @dataclass(frozen=True, slots=True)

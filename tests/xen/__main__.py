@@ -35,11 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{time.monotonic() - begun:6.1f}  {text}", flush=True)
 
     try:
-        good = perform([step for step in wanted if step.name not in options.without], say, stay=options.stay)
+        passed, failed = perform([step for step in wanted if step.name not in options.without], say, stay=options.stay)
     except ImageError as error:
         print(f"test-xen: {error}", file=sys.stderr)
         return 1
-    return 0 if good else 1
+    print(f"{passed} passed, {failed} failed in {time.monotonic() - begun:.1f} s", flush=True)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
