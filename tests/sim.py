@@ -2036,6 +2036,9 @@ class World:
         freed = {slot for slot in freed if slot // per_segment in index.segments}
         found = index.free.count + index.withheld.count + len(self.broker.tables[name].taken) + len(freed)
         check(found == open_slots, "I4", "slots are lost or counted twice", name, found, open_slots)
+        for segment in index.emptying:
+            overlaps = index.free.overlaps(segment * per_segment, per_segment)
+            check(not overlaps, "I7", "a segment that is emptied is filled", name, segment)
 
     def check_owners(self, guest: Guest, pool: Any) -> None:
         """I6 between the index and one agent, up to what is on the way."""
@@ -2663,9 +2666,10 @@ class World:
         }
         if self.plan.xen and self.plan.batches[5] < 10 and len(pool.index.segments) >= self.plan.max_segments:
             return  # a grant that is cut short is given back at each offer, and in a full area they do not end
-        tries = agent.settings.room_tries
-        for file in agent._files.values():
-            if file.version is not None and 0 < file.in_vain <= tries:  # a program without room: not at rest yet
+        # A program without room is not at rest yet, and takes its grants out of the budget by turns.
+        trying = [file for file in agent._files.values() if file.in_vain]
+        for file in trying:
+            if file.version is not None:
                 held.pop(file.version.id, None)
                 owned.pop(file.version.id, None)
         check(held == owned, "I6", "owners and grants differ at rest", guest.name, sorted(held), sorted(owned))
@@ -2691,6 +2695,8 @@ class World:
             if file.stage is Stage.LEAVING or programs[0][1].inode.racy or len(programs) != len(file.uses):
                 continue
             if len(agent._shared_keys) >= agent.settings.max_attached_files and file.stage is Stage.PLAIN:
+                continue
+            if trying and file.stage is Stage.PLAIN and file.refusal == "grant-budget":
                 continue
             if self.plan.xen and file.stage is not Stage.SHARED and self._beyond_budget(guest, pool, version.id):
                 continue

@@ -1,6 +1,6 @@
 """Links over real rings in shared memory: frames in pieces, peers that die, lie, flood or do not read, no event lost.
 
-The same over real event channels and grants is shown in the lab (tests/xen/link.py).
+The same over real event channels and grants is shown in the lab (tests/xen/link_run.py).
 """
 
 from __future__ import annotations

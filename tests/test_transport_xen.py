@@ -1,6 +1,6 @@
 """The listener of the Xen backend: domains that come and go in a small xenstored, agents over real rings in memory.
 
-Grants and event channels are the lab's (tests/xen/link.py): here a number in the store leads to a channel of this test.
+Grants and event channels are the lab's (tests/xen/link_run.py): here a number in the store leads to rings in memory.
 """
 
 from __future__ import annotations

@@ -104,9 +104,12 @@ class XenArea:
         return self._domain.domid if self._domain is not None else None
 
     def alive(self) -> bool:
-        """Tell whether the area is usable: False once its domain was destroyed. No domain yet is alive."""
+        """Tell whether the area is usable: False once its domain was destroyed. No domain yet is alive.
+
+        Where Xen or this kernel cannot say just now (no memory to map a page), it is taken for alive.
+        """
         self._check_open()
-        return self._domain is None or self._domain.alive()
+        return self._domain is None or self._is_alive(self._domain)
 
     # ---------------------------------------------------------------------------------------------------- slots
 
@@ -362,7 +365,7 @@ class XenArea:
         try:
             return domain.alive()
         except ShareareaError:
-            return True  # nobody knows; the first error says more
+            return True  # nobody knows
 
     def _let_go(self) -> None:
         if self._domain is not None:
