@@ -610,7 +610,9 @@ class ReusingMachine(Machine):
     @rule(count=st.integers(1, SLOTS_PER_SEGMENT), most=st.integers(1, 3), backwards=st.booleans())
     def take_pieces(self, count: int, most: int, backwards: bool) -> None:
         """What a full area has left: taken, not used, and given back in any order."""
-        free = self.index.free.count
+        index = self.index
+        behind = -index.next_slot % SLOTS_PER_SEGMENT if index.current_segment() in index.segments else 0
+        free = index.free.count or behind
         pieces = self.index.allocate_scattered(count, most)
         taken = [slot for first, many in pieces for slot in range(first, first + many)]
         assert len(taken) == len(set(taken)) <= count
