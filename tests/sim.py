@@ -2696,7 +2696,7 @@ class World:
                 continue
             if len(agent._shared_keys) >= agent.settings.max_attached_files and file.stage is Stage.PLAIN:
                 continue
-            if trying and file.stage is Stage.PLAIN and file.refusal == "grant-budget":
+            if file.stage is not Stage.SHARED and self._budget_changes_hands(pool):
                 continue
             if self.plan.xen and file.stage is not Stage.SHARED and self._beyond_budget(guest, pool, version.id):
                 continue
@@ -2717,6 +2717,11 @@ class World:
         ledger: GrantLedger = pool.ledger
         assert guest.domid is not None
         return pages > ledger.free or ledger.used_by(guest.domid) + pages > ledger.limits.per_domain
+
+    def _budget_changes_hands(self, pool: Any) -> bool:
+        """Whether a program without room in any guest of the pool takes grants and gives them back, by turns."""
+        agents = [guest.agent for guest in self.guests if guest.pool == pool.name and guest.agent is not None]
+        return any(file.in_vain for agent in agents for file in agent._files.values())
 
     def _detached(self) -> None:
         """I8, and back again: by the guests, or by the operator."""
