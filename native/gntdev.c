@@ -170,6 +170,7 @@ struct stretch {
 };
 
 struct sa_grants {
+	pid_t owner;
 	uint32_t domid;
 	bool movable;
 	size_t nruns;
@@ -225,7 +226,8 @@ static int grants_new(uint32_t domid, const struct sa_run *runs, size_t nruns, b
 	grants = malloc(sizeof *grants + nruns * sizeof *runs);
 	if (grants == NULL)
 		return -ENOMEM;
-	*grants = (sa_grants){.domid = domid, .movable = movable, .nruns = nruns, .room = (size_t)room};
+	*grants = (sa_grants){
+		.owner = getpid(), .domid = domid, .movable = movable, .nruns = nruns, .room = (size_t)room};
 	if (nruns)
 		memcpy(grants->runs, runs, nruns * sizeof *runs);
 	grants->stretches = calloc((size_t)room, sizeof *grants->stretches);
@@ -311,8 +313,8 @@ void sa_grants_destroy(sa_grants *grants)
 	if (grants == NULL)
 		return;
 	for (size_t i = 0; i < grants->nstretches; i++) {
-		/* Whole mappings of our own. */
-		if (grants->stretches[i].beside)
+		/* Whole mappings of our own; in a child something else may be there. */
+		if (grants->stretches[i].beside && grants->owner == getpid())
 			(void)munmap(grants->stretches[i].beside, grants->stretches[i].bytes);
 	}
 	free(grants->stretches);

@@ -742,7 +742,7 @@ static int area_reserve(sa_area *area, unsigned command, uint32_t order, uint32_
  *
  * Downwards because Xen hands extents out in descending order: filled this way 2,047 of 2,047 neighbours were machine
  * neighbours with 2 MiB extents, 2,046 with 4 KiB ones; filled upwards 2,044 and 0 (seen). And so that the last page of
- * 2 MiB is the first that comes and, in area_release_some, the last that goes: sa_area_populate's caller that died. */
+ * 2 MiB is the first that comes and, in area_release_block, the last that goes: sa_area_populate's caller that died. */
 static int populate_down(sa_area *area, uint32_t first, uint32_t order, uint32_t *left)
 {
 	const uint32_t pages = 1U << order;
@@ -798,40 +798,52 @@ int sa_area_populate(sa_area *area, uint32_t first, uint32_t n)
 	return error ? error : -ENOMEM;
 }
 
+/* 0 if all of them went; 1 if Xen stopped before the end. */
 static int area_release_some(sa_area *area, uint32_t order, uint32_t count)
 {
 	const int done = count ? area_reserve(area, MEMORY_DECREASE_RESERVATION, order, count) : 0;
 
 	if (done < 0)
 		return done;
+	return (uint32_t)done < count;
+}
+
+/* At most 2 MiB, of one aligned block. */
+static int area_release_block(sa_area *area, uint32_t first, uint32_t n)
+{
+	uint8_t present[EXTENT_PAGES];
+	uint64_t *extents = area->arguments->extents;
+	uint32_t count = 0;
+	int left = sa_area_present(area, first, n, present);
+
+	if (left)
+		return left;
+	for (uint32_t i = 0; i < n; i++) {
+		if (present[i])
+			extents[count++] = area->base + first + i;
+	}
+	/* In one piece it is a fraction of the work, but Xen stops inside an extent at the first page that is not there, with
+	 * those before it gone (seen): only where all are there. And it takes no pieces at all of a dom0 whose
+	 * memop-max-order says so. */
+	if (count == EXTENT_PAGES) {
+		left = area_release_some(area, EXTENT_ORDER, 1);
+		if (left <= 0)
+			return left;
+	}
+	left = area_release_some(area, 0, count);
 	/* All of them were there a moment ago, and nobody else takes them. */
-	return (uint32_t)done == count ? 0 : -EIO;
+	return left > 0 ? -EIO : left;
 }
 
 int sa_area_release(sa_area *area, uint32_t first, uint32_t n)
 {
-	uint8_t present[EXTENT_PAGES];
-	uint64_t *extents = area->arguments->extents;
 	int error = check_slots(area, first, n);
 
-	/* 2 MiB at once costs no more than each of its pages, but Xen stops inside an extent at the first page that is not
-	 * there, with those before it gone (seen): only where all are there. */
 	for (uint32_t at = 0; at < n && !error;) {
 		const uint32_t left = EXTENT_PAGES - (first + at) % EXTENT_PAGES;
 		const uint32_t step = n - at < left ? n - at : left;
-		uint32_t count = 0;
 
-		error = sa_area_present(area, first + at, step, present);
-		if (error)
-			return error;
-		for (uint32_t i = 0; i < step; i++) {
-			if (present[i])
-				extents[count++] = area->base + first + at + i;
-		}
-		if (count == EXTENT_PAGES)
-			error = area_release_some(area, EXTENT_ORDER, 1);
-		else
-			error = area_release_some(area, 0, count);
+		error = area_release_block(area, first + at, step);
 		at += step;
 	}
 	return error;

@@ -12,19 +12,25 @@ what the domain is entitled to is known. Any other target was set by somebody el
 to from then on, and the node is void. It is not under /local/domain/N, which goes when a domain is saved: a restored
 domain has another number, the same uuid, and the lowered target that xl saved with it. No guest can write there.
 
+Two things that were seen on Xen 4.17 with Linux 6.1. A domain that was saved while lowered is restored with that as
+the most that Xen lets it have, so raising it takes `xl mem-set`, which raises both; the node's fourth number is the
+domid at the time of lowering, which tells. And a guest that finds no free memory on the host tries four times within
+some 15 s and then waits for its target to change: so for a while after a raise the target moves by a page at times.
+
 There must be no other program that sets targets by itself (as XAPI's squeezed does): the two would undo each other.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from .common.errors import ShareareaError
 from .common.globs import is_uuid
 from .common.units import KIB
+from .common.wire import PAGE_SIZE
 from .model import DomainId, PoolId
 from .reclaim import Course, Decision, Domain, Report, Settings
 from .stats import Balance, balances
@@ -34,6 +40,8 @@ RECORDS: Final = "/tool/sharearea/memory"
 _LOOK_S: Final = 2.0  # between two looks at one domain
 _RETRY_S: Final = 15.0  # after xenstore refused something
 _STEP: Final = 4  # domains in one step: each takes a few requests to xenstored, of about 0.2 ms
+_REMIND_S: Final = 20.0  # after a raise the guest is reminded of it, then after twice as long, and so on
+_LAST_REMINDER_S: Final = 640.0
 _MAX_RECORDS: Final = 1024  # more than these, and those of domains that are not there are forgotten
 
 
@@ -93,21 +101,22 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """What a node remembers, in KiB."""
+    """What a node remembers: sizes in KiB, and the domain's number when it was first lowered."""
 
     entitled: int
     before: int
     after: int
+    domid: int
 
     @classmethod
     def read(cls, text: str | None) -> _Record | None:
         words = (text or "").split(" ")
-        if len(words) != 3 or not all(word.isascii() and word.isdigit() and len(word) < 18 for word in words):
+        if len(words) != 4 or not all(word.isascii() and word.isdigit() and len(word) < 18 for word in words):
             return None
         return cls(*map(int, words))
 
     def __str__(self) -> str:
-        return f"{self.entitled} {self.before} {self.after}"
+        return f"{self.entitled} {self.before} {self.after} {self.domid}"
 
 
 @dataclass(slots=True, eq=False)
@@ -119,6 +128,9 @@ class _Known:
     course: Course
     claim: Claim | None = None
     memory: Memory | None = None
+    remind_at: float | None = None
+    remind_after: float = _REMIND_S
+    reminded: bool = False  # by a page less, which is to be given back
 
 
 def claims(pools: Mapping[PoolId, Any]) -> dict[int, Claim]:
@@ -147,16 +159,19 @@ class Balloon:
     """Keeps the memory targets of domains where reclaim.py says. One per broker; not thread-safe.
 
     Every second or two: `look` with what is known now; in between and after: `step`, which does a little at a time.
-    Neither raises: what xenstore refuses is logged and tried again.
+    Neither raises: what xenstore refuses is logged and tried again. `set_memory` (domid, bytes) sets a domain's target
+    and the most that Xen lets it have (Toolstack.set_memory); it is called for domains that were saved while lowered.
     """
 
     nodes: Nodes
+    set_memory: Callable[[int, int], None]
     settings: Settings = field(default_factory=Settings)
     _records: dict[str, _Record] = field(default_factory=dict)  # by uuid
     _known: dict[int, _Known] = field(default_factory=dict)
     _work: deque[int] = field(default_factory=deque)
     _look_at: float = 0.0
     _failed: str = ""
+    _closing: bool = False
 
     def open(self, living: Iterable[str]) -> list[Change]:
         """Find out what an earlier broker took. `living`: uuids of the domains that are there."""
@@ -219,6 +234,7 @@ class Balloon:
     def close(self, living: Mapping[int, str], now: float) -> list[Change]:
         """Give everything back: nobody looks after these domains any more."""
         changes: list[Change] = []
+        self._closing = True
         self._work.clear()
         self.look({}, living, now)
         while self._work:
@@ -251,12 +267,17 @@ class Balloon:
             )
         target = -(-decision.target // KIB)
         if target * KIB == memory.target:
-            if memory.taken == 0:
-                self._forget(known.uuid)
+            self._leave(known, memory, now)
             return []
         self._write(known, memory, target)
         known.memory = after = Memory(target * KIB, memory.entitled, memory.static_max)
-        if after.taken == 0:
+        reminded, known.reminded = known.reminded, False
+        if reminded and after.target - memory.target == PAGE_SIZE:
+            return []  # the other half of a reminder
+        known.remind_at, known.remind_after = None, _REMIND_S
+        if after.target > memory.target and not self._closing:
+            known.remind_at = now + _REMIND_S
+        elif after.taken == 0:
             self._forget(known.uuid)
         fields: dict[str, object] = {
             "domid": known.domid,
@@ -270,6 +291,19 @@ class Balloon:
             return [_log("memory.taken", **fields)]
         return [_log("memory.returned", **fields)]
 
+    def _leave(self, known: _Known, memory: Memory, now: float) -> None:
+        """The target is what it ought to be. See that the guest has heard, and in the end forget about it."""
+        if known.remind_at is None or self._closing:
+            if memory.taken == 0:
+                self._forget(known.uuid)
+        elif now >= known.remind_at:
+            # A page more, where there is one to be given; else one less, which is given back at the next look.
+            page = PAGE_SIZE if memory.taken >= PAGE_SIZE else -PAGE_SIZE
+            self._write(known, memory, (memory.target + page) // KIB)
+            known.reminded = page < 0
+            known.remind_after *= 2
+            known.remind_at = now + known.remind_after if known.remind_after <= _LAST_REMINDER_S else None
+
     def _read(self, known: _Known) -> Memory | None:
         path = f"/local/domain/{known.domid}/memory"
         target, static_max = _number(self.nodes.read(f"{path}/target")), _number(self.nodes.read(f"{path}/static-max"))
@@ -281,13 +315,18 @@ class Balloon:
             record = None
         if record is not None and target == record.after != record.before:
             # It arrived: from now on the target before it would be somebody else's.
-            self._remember(known.uuid, _Record(record.entitled, target, target))
+            self._remember(known.uuid, _Record(record.entitled, target, target, record.domid))
         entitled = record.entitled if record is not None else target
         return Memory(target * KIB, entitled * KIB, (static_max or max(entitled, target)) * KIB)
 
     def _write(self, known: _Known, memory: Memory, target: int) -> None:
-        self._remember(known.uuid, _Record(memory.entitled // KIB, memory.target // KIB, target))
-        self.nodes.write(f"/local/domain/{known.domid}/memory/target", str(target))
+        old = self._records.get(known.uuid)
+        domid = old.domid if old is not None else known.domid
+        self._remember(known.uuid, _Record(memory.entitled // KIB, memory.target // KIB, target, domid))
+        if domid != known.domid and target * KIB > memory.target:
+            self.set_memory(known.domid, target * KIB)
+        else:
+            self.nodes.write(f"/local/domain/{known.domid}/memory/target", str(target))
 
     def _remember(self, uuid: str, record: _Record) -> None:
         self.nodes.write(f"{RECORDS}/{uuid}", str(record))

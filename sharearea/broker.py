@@ -432,10 +432,31 @@ class Broker:
     def _pool_snapshots(self) -> list[dict[str, Any]]:
         now = time.monotonic()
         size = self._store.size_bytes() if self._store is not None else 0
+        mapping = stats.XEN_MAPPING_BYTES if self.config.backend == "xen" else 0
         return [
-            stats.pool_snapshot(pool, self._areas[name].allocated_bytes(), size, now)
+            stats.pool_snapshot(pool, self._areas[name].allocated_bytes(), size, now, mapping_bytes=mapping)
             for name, pool in self.engine.pools().items()
         ]
+
+    def _domain_snapshots(self, now: float) -> list[dict[str, Any]]:
+        return [
+            snapshot | self._memory(snapshot.get("domid", 0))
+            for snapshot in stats.domain_snapshots(self.engine.pools(), now)
+        ]
+
+    def _memory(self, domid: int) -> dict[str, Any]:
+        memory = self._backend.memory(domid)
+        if memory is None:
+            return {}
+        return {
+            "target_bytes": memory.target,
+            "entitled_bytes": memory.entitled,
+            "taken_bytes": memory.taken,
+        }
+
+    def _holding(self, pool: PoolId, domain: DomainId) -> dict[str, Any]:
+        holding = stats.holding(self.engine.pools()[pool], domain)
+        return holding | self._memory(holding["domid"])
 
     def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
         now = time.monotonic()
@@ -454,7 +475,7 @@ class Broker:
             case "pools":
                 return {"pools": self._pool_snapshots()}
             case "domains":
-                return {"domains": list(stats.domain_snapshots(self.engine.pools(), now))}
+                return {"domains": self._domain_snapshots(now)}
             case "files":
                 start = question.get("start", 0)
                 if type(start) is not int or start < 0:
@@ -464,10 +485,10 @@ class Broker:
             case "detach" | "reattach" as verb:
                 pool, domain = self._find_domain(question)
                 self._perform(self.engine.detach(pool, domain, verb == "detach", now))
-                return stats.holding(self.engine.pools()[pool], domain)
+                return self._holding(pool, domain)
             case "holding":
                 pool, domain = self._find_domain(question)
-                return stats.holding(self.engine.pools()[pool], domain)
+                return self._holding(pool, domain)
             case verb:
                 raise UsageError(
                     f"no such question: {verb!r}", "status, pools, domains, files, detach, reattach or holding"

@@ -354,10 +354,17 @@ def _detach(options: argparse.Namespace) -> int:
         console.print(f"{options.domain}: no agent is connected; its grants end with its grace time", markup=False)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("letting go", total=total)
-        while left and time.monotonic() < end:
+        taken = holding.get("taken_bytes", 0)
+        while (left or taken) and time.monotonic() < end:
             time.sleep(0.1)
-            left = _held(options, question)
+            left, taken = _held(options, question)
             progress.update(bar, total=max(total, left), completed=max(total, left) - left)
+    if taken and not left:
+        raise NotInTime(
+            f"{options.domain} holds nothing any more, but {_mib(taken)} of its memory were not given back within "
+            f"{options.timeout:g} s: saved now, it would be restored without them",
+            "look for memory.failed in the broker's log, and run this again",
+        )
     if left:
         raise NotInTime(
             f"{options.domain} still holds {left} pages ({_pages(left)}) after {options.timeout:g} s: do not save it",
@@ -371,15 +378,15 @@ def _detach(options: argparse.Namespace) -> int:
     return 0
 
 
-def _held(options: argparse.Namespace, question: dict[str, Any]) -> int:
-    """Return how many pages a domain holds; a domain that is not known any more holds none."""
+def _held(options: argparse.Namespace, question: dict[str, Any]) -> tuple[int, int]:
+    """Return how many pages a domain holds, and how much memory is taken from it; a vanished one has neither."""
     try:
-        pages: int = _ask(options, {"verb": "holding", **question})["held_pages"]
+        holding = _ask(options, {"verb": "holding", **question})
     except ShareareaError as error:
         if error.exit_code != UsageError.exit_code:
             raise
-        return 0
-    return pages
+        return 0, 0
+    return holding["held_pages"], holding.get("taken_bytes", 0)
 
 
 def _reattach(options: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from .common.wire import PAGE_SIZE
-from .grants import stretches
+from .grants import pairs
 from .model import DomainId
 from .pagetable import NO_SLOT, SHARE_PAGE
 
@@ -53,14 +53,12 @@ class Balance:
 def balances(pool: Any) -> dict[DomainId, Balance]:
     """Return the balance of each domain of a pool that is connected or has grants. One native call for each."""
     runs: dict[DomainId, list[bytes]] = {domain: [] for domain in pool.peers}
-    pages: dict[DomainId, int] = {}
     for (domain, _), owner in pool.index.owners.items():
         runs.setdefault(domain, []).append(owner.runs)
-        pages[domain] = pages.get(domain, 0) + owner.page_count
     found = {}
     for domain, owned in runs.items():
         peer = pool.peers.get(domain)
-        granted = pages.get(domain, 0)
+        granted = sum(array("I", b"".join(owned))[2::3])
         given_up = None
         if peer is not None and peer.stats is not None:
             given_up = min(peer.stats.dropped_pages_total, granted) * PAGE_SIZE
@@ -75,8 +73,7 @@ def _pinned_runs(pool: Any, domain: DomainId) -> list[bytes]:
     pinned = pool.pinned.get(pool.domids.get(domain, 0))
     if pinned is None:
         return []
-    slots = array("I", (slot for slot in pinned.slots if slot != NO_SLOT))
-    return [array("I", (0, first, count)).tobytes() for first, count in stretches(slots)]
+    return [array("I", (0, first, count)).tobytes() for first, count in pairs(pinned.slots) if first != NO_SLOT]
 
 
 def pool_snapshot(
@@ -141,6 +138,7 @@ def domain_snapshots(pools: Mapping[str, Any], now: float) -> Iterator[dict[str,
                 "uid": peer.identity.uid,
                 "files": len(holdings.files),
                 "file_bytes": holdings.size_bytes,
+                "domid": domid_of(pool, domain),
                 "owned_files": files,
                 "owned_pages": pages,
                 "held_pages": held_pages(pool, domain, pages),
@@ -164,6 +162,7 @@ def domain_snapshots(pools: Mapping[str, Any], now: float) -> Iterator[dict[str,
                 "domain": domain,
                 "pool": pool.name,
                 "state": "absent",
+                "domid": domid_of(pool, domain),
                 "owned_files": files,
                 "owned_pages": pages,
                 "held_pages": held_pages(pool, domain, pages),
@@ -172,6 +171,13 @@ def domain_snapshots(pools: Mapping[str, Any], now: float) -> Iterator[dict[str,
             }
         for domain, until in pool.barred.items():
             yield {"domain": domain, "pool": pool.name, "state": "barred", "barred_ms": int((until - now) * 1000)}
+
+
+def domid_of(pool: Any, domain: DomainId) -> int:
+    """Return the number of the Xen domain behind a name, 0 on `local` or where it is not known."""
+    peer = pool.peers.get(domain)
+    domid: int = peer.identity.domid if peer is not None else pool.domids.get(domain, 0)
+    return domid
 
 
 def held_pages(pool: Any, domain: DomainId, owned: int) -> int:
@@ -193,6 +199,7 @@ def holding(pool: Any, domain: DomainId) -> dict[str, Any]:
     return {
         "domain": domain,
         "pool": pool.name,
+        "domid": domid_of(pool, domain),
         "connected": domain in pool.peers,
         "detached": domain in pool.detached,
         "owned_pages": owned,

@@ -481,6 +481,7 @@ class Broker:
         self.xen = {pool: XenArea(pool, b"") for pool in self.areas}
         self.starts = 0
         self.failed = False  # something that may be because an area is gone
+        self.gone: dict[int, int] = {}  # domains whose end was told -> owners that they had when that was last counted
         self.working = False
         for pool in self.areas:
             self._new_key(pool)
@@ -578,8 +579,23 @@ class Broker:
     def feed(self, event: Event) -> None:
         if self.engine is not None:
             self._carry_out(lambda engine: engine.handle(event, self.world.now), event)
+            if isinstance(event, DomainGone):
+                self.gone[event.domid] = 1 << 30
             if isinstance(event, Tick) or self.failed:
                 self._replace_areas()
+            if isinstance(event, Tick):
+                self._count_the_gone()
+
+    def _count_the_gone(self) -> None:
+        """With each tick, domains that have ended own less."""
+        owners: Counter[int] = Counter()
+        for pool in self.engine.pools().values() if self.engine is not None and self.gone else ():
+            owners.update(owner.domid for owner in pool.index.owners.values())
+        for domid, before in list(self.gone.items()):
+            check(owners[domid] < before, "I7", "a domain that has ended owns what it owned", domid)
+            self.gone[domid] = owners[domid]
+            if not owners[domid]:
+                del self.gone[domid]
 
     def _carry_out(self, first: Callable[[Engine], list[Action]], event: Event | None = None) -> None:
         """Carry out actions in order; hand an outcome back at once, and what follows from it goes to the end."""
@@ -614,6 +630,7 @@ class Broker:
         world = self.world
         world.say("broker crashes")
         self.engine = None
+        self.gone.clear()
         world.xenstore.items.clear()
         for link in list(self.links.values()):
             link.up.items.clear()
@@ -1051,6 +1068,7 @@ class Guest:
             version="1",
             instance=self.instance,
             drop=world.plan.drop,
+            room_retry=5.0,  # to be done with in the time that rest() takes
             max_attached_files=world.rng.choice((2, 100, 100)),
         )
         self.agent = Agent(settings, world.rng.random)
@@ -2645,6 +2663,12 @@ class World:
         }
         if self.plan.xen and self.plan.batches[5] < 10 and len(pool.index.segments) >= self.plan.max_segments:
             return  # a grant that is cut short is given back at each offer, and in a full area they do not end
+        # A program without room is not at rest yet, and takes its grants out of the budget by turns.
+        trying = [file for file in agent._files.values() if file.in_vain]
+        for file in trying:
+            if file.version is not None:
+                held.pop(file.version.id, None)
+                owned.pop(file.version.id, None)
         check(held == owned, "I6", "owners and grants differ at rest", guest.name, sorted(held), sorted(owned))
         for file in agent._files.values():
             version = file.version
@@ -2668,6 +2692,8 @@ class World:
             if file.stage is Stage.LEAVING or programs[0][1].inode.racy or len(programs) != len(file.uses):
                 continue
             if len(agent._shared_keys) >= agent.settings.max_attached_files and file.stage is Stage.PLAIN:
+                continue
+            if trying and file.stage is Stage.PLAIN and file.refusal == "grant-budget":
                 continue
             if self.plan.xen and file.stage is not Stage.SHARED and self._beyond_budget(guest, pool, version.id):
                 continue
@@ -2891,7 +2917,7 @@ def mutated(name: str | None) -> Iterator[None]:
         yield
 
 
-Patch = tuple[type, str, object]
+Patch = tuple[Any, str, object]  # a class or a module, a name in it, and what takes its place
 
 
 def _grants_before_the_owner_is_saved() -> list[Patch]:
@@ -3059,6 +3085,151 @@ def _asks_on_when_all_have_closed() -> list[Patch]:
     return [(Agent, "_on_use_ended", mutant)]
 
 
+def _calls_what_is_mapped_free() -> list[Patch]:
+    on_revoked = Engine._on_revoked
+
+    def mutant(self: Engine, event: Revoked) -> None:
+        on_revoked(self, Revoked(event.token, bytes(len(event.busy))))
+
+    return [(Engine, "_on_revoked", mutant)]
+
+
+def _counts_no_pinned_reference() -> list[Patch]:
+    on_revoked = Engine._on_revoked
+
+    def mutant(self: Engine, event: Revoked) -> None:
+        revoking: Any = self._waiting.get(event.token)
+        on_revoked(self, event)
+        busy = [ref for ref, is_busy in zip(spread(revoking.refs), event.busy, strict=True) if is_busy]
+        revoking.pool.ledger.give_back(revoking.domid, u32s(n for ref in busy for n in (ref, 1)))
+
+    return [(Engine, "_on_revoked", mutant)]
+
+
+def _fills_slots_that_the_store_has() -> list[Patch]:
+    freed, reusable = PoolIndex._freed, PoolIndex.reusable
+
+    def mutant_freed(self: PoolIndex, slots: bytes) -> list[Change]:
+        reusable(self, slots)
+        return freed(self, slots)
+
+    def mutant_reusable(self: PoolIndex, slots: bytes) -> None:
+        there = (self.free, self.withheld)
+        left = [slot for slot in ints(slots) if not any(ranges.holds(slot, 1) for ranges in there)]
+        reusable(self, u32s(left))
+
+    return [(PoolIndex, "_freed", mutant_freed), (PoolIndex, "reusable", mutant_reusable)]
+
+
+def _compares(owners: bool, entries: bool) -> Callable[[], list[Patch]]:
+    """A mutant that forgets, after a restart, owners without entries or entries without owners."""
+    compare = engine_module.compare  # type: ignore[attr-defined]
+
+    def mutant(*args: Any) -> Any:
+        lost, orphans = compare(*args)
+        return lost if owners else [], orphans if entries else {}
+
+    return lambda: [(engine_module, "compare", mutant)]
+
+
+def _frees_what_a_grant_without_an_owner_reaches() -> list[Patch]:
+    restore = PoolIndex.restore
+
+    def mutant(self: PoolIndex, record: PoolRecord, lost: Any = (), reached: Any = None) -> Any:
+        changes, _ = restore(self, record, lost)
+        return changes, array("I", [NO_SLOT]) * len(reached or ())
+
+    return [(PoolIndex, "restore", mutant)]
+
+
+def _keeps_owners_of_another_domid() -> list[Patch]:
+    reconcile = Engine._reconcile
+
+    def mutant(self: Engine, peer: Any, pool: Any, held: Any) -> None:
+        release, self._release = self._release, lambda *_: None  # type: ignore[method-assign]
+        reconcile(self, peer, pool, held)
+        self._release = release  # type: ignore[method-assign]
+
+    return [(Engine, "_reconcile", mutant)]
+
+
+def _loses_references_of_a_failed_commit() -> list[Patch]:
+    on_commit_failed = Engine._on_commit_failed
+
+    def mutant(self: Engine, event: CommitFailed) -> None:
+        give_back = GrantLedger.give_back
+        GrantLedger.give_back = lambda *_: None  # type: ignore[method-assign]
+        try:
+            on_commit_failed(self, event)
+        finally:
+            GrantLedger.give_back = give_back  # type: ignore[method-assign]
+
+    return [(Engine, "_on_commit_failed", mutant)]
+
+
+def _forgets_grants_that_were_not_written() -> list[Patch]:
+    on_grants_failed = Engine._on_grants_failed
+
+    def mutant(self: Engine, event: GrantsFailed) -> None:
+        revoke, self._revoke = self._revoke, lambda *_: None  # type: ignore[method-assign]
+        on_grants_failed(self, event)
+        self._revoke = revoke  # type: ignore[method-assign]
+
+    return [(Engine, "_on_grants_failed", mutant)]
+
+
+def _loses_slots_that_were_not_used() -> list[Patch]:
+    def mutant(self: PoolIndex, first: int, count: int) -> None:
+        if self.next_slot == first + count:
+            self.next_slot = first
+
+    return [(PoolIndex, "retract", mutant)]
+
+
+def _closes_segments_before_the_commit() -> list[Patch]:
+    close = Engine._close_segment
+
+    def mutant(self: Engine, pool: Any, segment: int) -> None:
+        self._act(CloseSegment(pool.name, segment))
+        close(self, pool, segment)
+
+    return [(Engine, "_close_segment", mutant)]
+
+
+def _forgets_whose_turn_it_is() -> list[Patch]:
+    sweep = Engine._sweep_retries
+
+    def mutant(self: Engine, pool: Any) -> None:
+        due = pool.reconsider_at is not None and self._now >= pool.reconsider_at
+        sweep(self, pool)
+        if due:
+            pool.undelivered.clear()
+
+    return [(Engine, "_sweep_retries", mutant)]
+
+
+def _tells_no_grantor() -> list[Patch]:
+    hand_out = Engine._hand_out
+
+    def mutant(self: Engine, granting: Any) -> None:
+        peer = self._peers.get(granting.peer)
+        if peer is not None and granting.pool.ledger is not None:
+            peer.grantor = next(iter(granting.pool.index.segments.values()))[0]
+        hand_out(self, granting)
+
+    return [(Engine, "_hand_out", mutant)]
+
+
+def _hands_out_more_runs_than_fit() -> list[Patch]:
+    def mutant(_: Engine, peer: Any, pool: Any, runs: bytes) -> Any:
+        if pool.ledger is None or not runs:
+            return runs, b"", runs
+        refs = pool.ledger.take(peer.identity.domid, sum(ints(runs)[2::3]))
+        return None if refs is None else (runs, refs, handles(runs, refs))
+
+    return [(Engine, "_take_references", mutant)]
+
+
 def _does_not(owner: type, attribute: str, result: object = None) -> Callable[[], list[Patch]]:
     """A mutant that leaves out one method."""
     return lambda: [(owner, attribute, lambda *_args, **_more: result)]
@@ -3091,6 +3262,28 @@ MUTANTS: Final[dict[str, Callable[[], list[Patch]]]] = {
     "withdraw-ignored": _does_not(Agent, "_on_withdraw"),
     "detach-ignored": _does_not(Agent, "_on_detach"),
     "lease-break-ignored": _does_not(Agent, "_on_lease_broken"),
+    "withdraw-on-detach-forgotten": _does_not(Engine, "_withdraw"),
+    "close-before-commit": _closes_segments_before_the_commit,
+    "turns-forgotten": _forgets_whose_turn_it_is,
+    # Of the xen backend alone.
+    "mapped-is-free": _calls_what_is_mapped_free,
+    "pinned-not-counted": _counts_no_pinned_reference,
+    "pinned-for-ever": _does_not(Engine, "_sweep_pinned"),
+    "revoke-forgotten": _does_not(Engine, "_revoke"),
+    "reuse-before-commit": _fills_slots_that_the_store_has,
+    "orphans-forgotten": _compares(owners=True, entries=False),
+    "owners-without-entries": _compares(owners=False, entries=True),
+    "orphans-reach-free-slots": _frees_what_a_grant_without_an_owner_reaches,
+    "other-domid-kept": _keeps_owners_of_another_domid,
+    "end-of-domain-ignored": _does_not(Engine, "_on_domain_gone"),
+    "references-lost": _loses_references_of_a_failed_commit,
+    "failed-grants-forgotten": _forgets_grants_that_were_not_written,
+    "table-has-shrunk": _does_not(GrantLedger, "_cut", ([], [])),
+    "slots-lost": _loses_slots_that_were_not_used,
+    "never-in-pieces": _does_not(Engine, "_use_what_is_there"),
+    "emptying-for-ever": _does_not(PoolIndex, "fill_again"),
+    "no-grantor": _tells_no_grantor,
+    "too-many-runs": _hands_out_more_runs_than_fit,
 }
 
 

@@ -31,6 +31,9 @@ def uuid(number: int) -> str:
     return f"{UUID}{number:02x}"
 
 
+FORGET = 1400.0  # until the guest has been reminded for the last time
+
+
 class Killed(Exception):
     """The broker is dead: nothing of it runs any more, not even what handles errors."""
 
@@ -43,6 +46,8 @@ class Store:
     writes_left: int | None = None
     refuses: bool = False
     requests: int = 0
+    maximum: dict[int, int] = field(default_factory=dict)  # what Xen lets a domain have: set when it is built
+    history: list[tuple[str, str]] = field(default_factory=list)
 
     def read(self, path: str) -> str | None:
         self._ask()
@@ -51,6 +56,13 @@ class Store:
     def write(self, path: str, value: str) -> None:
         self._change()
         self.nodes[path] = value
+        self.history.append((path, value))
+
+    def set_memory(self, domid: int, size: int) -> None:
+        """Do what `xl mem-set` does."""
+        self._change()
+        self.nodes[f"/local/domain/{domid}/memory/target"] = str(size // KIB)
+        self.maximum[domid] = size
 
     def remove(self, path: str) -> None:
         self._change()
@@ -75,6 +87,7 @@ class Store:
     def boot(self, domid: int, target: int, static_max: int | None = None) -> None:
         self.nodes[f"/local/domain/{domid}/memory/target"] = str(target // KIB)
         self.nodes[f"/local/domain/{domid}/memory/static-max"] = str((static_max or target) // KIB)
+        self.maximum[domid] = target
 
     def end(self, domid: int) -> None:
         self.nodes = {at: value for at, value in self.nodes.items() if not at.startswith(f"/local/domain/{domid}/")}
@@ -105,7 +118,7 @@ class Host:
         self.start()
 
     def start(self) -> None:
-        self.balloon = Balloon(self.store, QUICK)
+        self.balloon = Balloon(self.store, self.store.set_memory, QUICK)
         self.log += self.balloon.open(self.living.values())
 
     def boot(self, domid: int, target: int, static_max: int | None = None, number: int | None = None) -> None:
@@ -146,6 +159,7 @@ def test_a_target_is_lowered_and_given_back_and_nothing_is_left(host: Host) -> N
     host.claims[5] = claim(net=0)
     host.pass_time(4)
     assert host.store.target(5) == 512 * MIB
+    host.pass_time(FORGET)
     assert host.store.records == []
     assert {change.event for change in host.log} == {"memory.taken", "memory.returned"} <= set(EVENTS)
     assert host.log[-1].fields["taken_bytes"] == 0
@@ -178,6 +192,7 @@ def test_a_domain_without_a_claim_any_more_gets_everything_back(host: Host) -> N
     host.claims.clear()
     host.pass_time(4)
     assert host.store.target(5) == 512 * MIB
+    host.pass_time(FORGET)
     assert host.store.records == []
 
 
@@ -196,6 +211,55 @@ def _take_and_return(host: Host) -> None:
     host.pass_time(600)
     host.claims[5] = claim(net=0)
     host.pass_time(600)
+
+
+def test_a_guest_is_reminded_of_what_it_got_back(host: Host) -> None:
+    """Linux gives up after four attempts to get memory that the host has not, and wakes when its target changes."""
+    host.boot(5, 512 * MIB)
+    host.claims[5] = claim()
+    host.pass_time(60)
+    host.claims[5] = claim(net=50 * MIB)
+    host.pass_time(4)
+    host.log.clear()
+    host.store.history.clear()
+    host.pass_time(FORGET)
+    target = "/local/domain/5/memory/target"
+    seen = [int(value) for path, value in host.store.history if path == target]
+    assert seen == [462 * 1024 + 4 * n for n in range(1, 7)], "a page more each time"
+    host.claims.clear()
+    host.pass_time(4)
+    host.store.history.clear()
+    host.pass_time(FORGET)
+    seen = [int(value) for path, value in host.store.history if path == target]
+    assert seen == [512 * 1024 - 4, 512 * 1024] * 6
+    assert [change.fields["taken_bytes"] for change in host.log] == [0], "nothing is said of it"
+    assert host.store.records == []
+
+
+def test_nothing_is_left_by_a_broker_that_ends_while_a_guest_is_being_reminded(host: Host) -> None:
+    host.boot(5, 512 * MIB)
+    host.claims[5] = claim()
+    host.pass_time(60)
+    host.claims.clear()
+    for _ in range(16):
+        host.pass_time(2)
+        host.close()
+        assert host.store.target(5) == 512 * MIB
+        assert host.store.records == []
+        host.start()
+
+
+def test_a_reminder_ends_when_something_is_taken_again(host: Host) -> None:
+    host.boot(5, 512 * MIB)
+    host.claims[5] = claim()
+    host.pass_time(60)
+    host.claims[5] = claim(net=50 * MIB)
+    host.pass_time(4)
+    host.claims[5] = claim()
+    host.pass_time(60)
+    host.store.history.clear()
+    host.pass_time(FORGET)
+    assert host.store.history == []
 
 
 @pytest.mark.parametrize("writes", range(9))
@@ -255,7 +319,28 @@ def test_a_saved_domain_comes_back_with_its_memory(host: Host) -> None:
     host.boot(7, lowered, 512 * MIB, number=5)
     host.pass_time(4)
     assert host.store.target(7) == 512 * MIB
+    assert host.store.maximum[7] == 512 * MIB, "Xen must let it have as much"
+    host.pass_time(FORGET)
+    assert host.store.target(7) == 512 * MIB
     assert host.store.records == []
+
+
+def test_a_domain_saved_right_after_it_was_lowered_comes_back_with_its_memory(host: Host) -> None:
+    host.boot(5, 512 * MIB)
+    host.claims[5] = claim()
+    while (lowered := host.store.target(5)) == 512 * MIB:
+        host.pass_time(0.25)
+    del host.living[5]
+    host.store.end(5)
+    host.boot(7, lowered, 512 * MIB, number=5)
+    host.claims[7] = host.claims.pop(5)
+    host.pass_time(60)
+    assert host.store.target(7) == 412 * MIB + QUICK.step
+    host.claims[7] = claim(net=10 * MIB)
+    host.pass_time(4)
+    assert host.store.maximum[7] == 502 * MIB
+    host.close()
+    assert (host.store.target(7), host.store.maximum[7]) == (512 * MIB, 512 * MIB)
 
 
 def test_another_domain_under_the_same_number_is_another_domain(host: Host) -> None:
@@ -280,11 +365,13 @@ def test_domain_0_and_a_domain_without_uuid_are_never_touched(host: Host) -> Non
     assert host.store.nodes == before
 
 
-@pytest.mark.parametrize("text", ["", "1 2", "1 2 3 4", "a b c", "-1 2 3", "1 2 " + "9" * 30, "1  2", "٣ 2 1"])
+@pytest.mark.parametrize(
+    "text", ["", "1 2 3", "1 2 3 4 5", "a b c d", "-1 2 3 4", "1 2 3 " + "9" * 30, "1  2 3", "٣ 2 1 5"]
+)
 def test_a_broken_record_counts_as_none(host: Host, text: str) -> None:
     host.boot(5, 512 * MIB)
     host.store.nodes[f"{RECORDS}/{uuid(5)}"] = text
-    host.store.nodes[f"{RECORDS}/nobody"] = "1 2 3"
+    host.store.nodes[f"{RECORDS}/nobody"] = "1 2 3 4"
     host.start()
     assert host.store.records == []
     host.close()
@@ -293,7 +380,7 @@ def test_a_broken_record_counts_as_none(host: Host, text: str) -> None:
 
 def test_records_of_domains_that_are_not_there_do_not_pile_up(host: Host) -> None:
     for number in range(1100):
-        host.store.nodes[f"{RECORDS}/00000000-0000-4000-8000-{number:012x}"] = "4 3 2"
+        host.store.nodes[f"{RECORDS}/00000000-0000-4000-8000-{number:012x}"] = "4 3 2 5"
     host.boot(5, 2 * KIB, 8 * KIB)
     host.living[5] = "00000000-0000-4000-8000-000000000007"
     host.start()
@@ -444,6 +531,7 @@ class Machine(RuleBasedStateMachine):
         self.host.close()
         for domid, number in self.numbers.items():
             assert self.host.store.target(domid) == self.entitled[number]
+            assert self.host.store.maximum[domid] >= self.entitled[number]
         assert set(self.host.store.records) <= {uuid(n) for n in self.entitled if n not in self.numbers.values()}
 
 

@@ -87,6 +87,8 @@ def file_root(size: int, fingerprints: bytes) -> bytes:
 class Broker:
     """An engine, and around it what carries out its actions."""
 
+    device = 7
+
     def __init__(
         self,
         rules: PoolRules = RULES,
@@ -94,10 +96,9 @@ class Broker:
         record: PoolRecord | None = None,
         slots_per_segment: int = 8,
     ) -> None:
+        self.rules = rules
         policy = Policy({"pool": rules}, (DomainRule("pool", ("*",), (UID,), "test"),))
-        table = ReferencePageTable(bytes(40), fp(0), rules.max_domains, rules.max_pages)
-        setup = PoolSetup(b"a" * 16, b"e" * 16, b"k" * 32, slots_per_segment, table, record)
-        self.engine = Engine(policy, {"pool": setup}, file_root, settings)
+        self.engine = Engine(policy, {"pool": self.setup(record, slots_per_segment)}, file_root, settings)
         self.slots_per_segment = slots_per_segment
         self.now = 1000.0
         self.peers = 0
@@ -109,6 +110,10 @@ class Broker:
         self.refuse_commit: Callable[[tuple[Change, ...]], bool] = lambda _: False
         self.run(self.engine.start(self.now))
 
+    def setup(self, record: PoolRecord | None, slots_per_segment: int) -> PoolSetup:
+        table = ReferencePageTable(bytes(40), fp(0), self.rules.max_domains, self.rules.max_pages)
+        return PoolSetup(b"a" * 16, b"e" * 16, b"k" * 32, slots_per_segment, table, record)
+
     # ------------------------------------------------------------------------------------------------------ the loop
 
     def run(self, actions: Iterable[Action]) -> None:
@@ -116,29 +121,31 @@ class Broker:
         while work:
             action = work.popleft()
             self.trace.append(action)
-            outcome: Event | None = None
-            match action:
-                case Fill():
-                    pages = [action.pages[at : at + PAGE] for at in range(0, len(action.pages), PAGE)]
-                    outcome = self.fill(action.token, action.first, pages, action.want)
-                case Move():
-                    pages = [self.area[slot] for slot in ints(action.slots)]
-                    outcome = self.fill(action.token, action.first, pages, action.want)
-                case Commit():
-                    if self.refuse_commit(action.changes):
-                        outcome = CommitFailed(action.token, "disk full")
-                    else:
-                        self.changes.extend(action.changes)
-                        outcome = Committed(action.token)
+            outcome = self.act(action)
             if outcome is not None:
                 work.extend(self.engine.handle(outcome, self.now))
+
+    def act(self, action: Action) -> Event | None:
+        match action:
+            case Fill():
+                pages = [action.pages[at : at + PAGE] for at in range(0, len(action.pages), PAGE)]
+                return self.fill(action.token, action.first, pages, action.want)
+            case Move():
+                pages = [self.area[slot] for slot in ints(action.slots)]
+                return self.fill(action.token, action.first, pages, action.want)
+            case Commit():
+                if self.refuse_commit(action.changes):
+                    return CommitFailed(action.token, "disk full")
+                self.changes.extend(action.changes)
+                return Committed(action.token)
+        return None
 
     def fill(self, token: int, first: int, pages: list[bytes], want: bytes) -> Event:
         assert len(pages) * 32 == len(want)
         if self.no_room:
             return FillFailed(token, "no memory")
         segment = first // self.slots_per_segment
-        opened = () if segment in self.segments else ((segment, 7, 100 + segment),)
+        opened = () if segment in self.segments else ((segment, self.device, 100 + segment),)
         self.segments.add(segment)
         ok = bytearray()
         for i, data in enumerate(pages):

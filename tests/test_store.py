@@ -107,9 +107,11 @@ def fingerprints(count: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(count * 32)
 
 
-def owner(domain: str, file: int, nruns: int = 3, pool: str = "blue") -> OwnerSet:
+def owner(domain: str, file: int, nruns: int = 3, pool: str = "blue", nstretches: int = 2) -> OwnerSet:
+    """An owner as on `xen`; without stretches of references as on `local`."""
     rng = random.Random(file)
-    return OwnerSet(pool, domain, rng.randbytes(16), file, rng.randbytes(nruns * 12))
+    instance, runs, refs = rng.randbytes(16), rng.randbytes(nruns * 12), rng.randbytes(nstretches * 8)
+    return OwnerSet(pool, domain, instance, file, runs, rng.randrange(1, 0x7FF0) if refs else 0, refs)
 
 
 BLUE = PoolOpened("blue", b"A" * 16, PER_SEGMENT)
@@ -252,9 +254,10 @@ def test_the_longest_names_fit(store: Store, path: Path) -> None:
 
 
 def test_the_largest_owner_fits(store: Store) -> None:
-    largest = owner("a", 1, nruns=65_536)
-    store.apply([BLUE, largest])
-    assert store.load()["blue"].owners["a", 1] == largest
+    largest = owner("a", 1, nruns=65_536, nstretches=65_536)
+    local = owner("b", 1, nruns=65_536, nstretches=0)
+    store.apply([BLUE, largest, local])
+    assert store.load()["blue"].owners == {("a", 1): largest, ("b", 1): local}
 
 
 @pytest.mark.parametrize(
@@ -269,6 +272,9 @@ def test_the_largest_owner_fits(store: Store) -> None:
         SlotsFreed("blue", b"odd"),
         OwnerSet("blue", "a", b"short", 1, b""),
         OwnerSet("blue", "a", bytes(16), 1, b"odd"),
+        OwnerSet("blue", "a", bytes(16), 1, b"", 1, b"7 bytes"),
+        OwnerSet("blue", "a", bytes(16), 1, b"", 2**32, b""),
+        OwnerSet("blue", "a", bytes(16), 1, b"", -1, b""),
         OwnerSet("blue", "a", bytes(16), 2**32, b""),
         OwnerSet("blue", "a" * 257, bytes(16), 1, b""),
         OwnerSet("blue", "\ud800", bytes(16), 1, b""),
@@ -325,7 +331,7 @@ _changes = st.one_of(
     ),
     st.builds(SlotsFreed, _names, st.lists(st.integers(0, 160), max_size=60).map(packed)),
     st.builds(SlotsFreed, _names, st.tuples(_slots, _slots).map(lambda ab: packed(range(min(ab), max(ab))))),
-    st.builds(owner, st.sampled_from("ab"), st.integers(0, 3), st.integers(0, 3), _names),
+    st.builds(owner, st.sampled_from("ab"), st.integers(0, 3), st.integers(0, 3), _names, st.integers(0, 3)),
     st.builds(OwnerCleared, _names, st.sampled_from("ab"), st.integers(0, 3)),
 )
 
@@ -364,7 +370,7 @@ def stream(i: int) -> list[Change]:
             SegmentClosed("blue", rng.randrange(8)),
             SlotsFilled("blue", first, fingerprints(rng.randrange(1, 400), i)),
             SlotsFreed("blue", packed(range(first, first + rng.randrange(400)))),
-            owner("a", rng.randrange(20), rng.choice([1, 5, 50_000])),
+            owner("a", rng.randrange(20), rng.choice([1, 5, 50_000]), nstretches=rng.choice([0, 1, 700])),
             OwnerCleared("blue", "a", rng.randrange(20)),
         ]
         changes.append(rng.choice(choices))
@@ -704,6 +710,7 @@ def _put_raw(path: Path, key: bytes, body: bytes) -> None:
 
 
 _KEY = store_module._NUMBERED.pack
+_OWNER = store_module._OWNER.pack
 
 
 @pytest.mark.parametrize(
@@ -718,15 +725,21 @@ _KEY = store_module._NUMBERED.pack
         (_KEY(b"s", 2, 0), b"x" * 32),
         (_KEY(b"s", 1, 0) + b"x", b"x" * 32),
         (_KEY(b"g", 1, 0), bytes(15)),
-        (_KEY(b"o", 1, 0), bytes(17)),
-        (_KEY(b"o", 1, 0), bytes(15)),
-        (b"o" + bytes([0, 0, 0, 1, 0xFF, 0, 0, 0, 0]), bytes(16)),
+        (_KEY(b"o", 1, 0), bytes(23)),
+        (_KEY(b"o", 1, 0), bytes(25)),
+        (_KEY(b"o", 1, 0), _OWNER(bytes(16), 1, 1)),
+        (_KEY(b"o", 1, 0), _OWNER(bytes(16), 1, 3)),
+        (_KEY(b"o", 1, 0), _OWNER(bytes(16), 1, 1) + bytes(7)),
+        (_KEY(b"o", 1, 0), _OWNER(bytes(16), 1, 1) + bytes(8 + 11)),
+        (_KEY(b"o", 1, 0), _OWNER(bytes(16), 1, 2) + bytes(8 + 12)),
+        (_KEY(b"o", 1, 0), _OWNER(bytes(16), 1, 2**32 - 1) + bytes(8 + 12)),
+        (b"o" + bytes([0, 0, 0, 1, 0xFF, 0, 0, 0, 0]), _OWNER(bytes(16), 0, 0)),
         (store_module._POOL.pack(b"p", 2), b"\x93\xa4blue\xc4\x10" + bytes(16) + b"\x05"),
         (store_module._POOL.pack(b"p", 2), b"\x93\xa3red\xc4\x0f" + bytes(15) + b"\x05"),
         (store_module._POOL.pack(b"p", 2), b"\x93\xa3red\xc4\x10" + bytes(16) + b"\x00"),
         (store_module._POOL.pack(b"p", 2), b"\x93"),
     ],
-    ids=lambda value: bytes(value[:10]).hex(),
+    ids=lambda value: f"{bytes(value[:10]).hex()}-{len(value)}",
 )
 def test_a_well_sealed_record_of_nonsense_sets_the_store_aside(path: Path, key: bytes, body: bytes) -> None:
     store, _, _ = Store.open(path, boot_id=BOOT)

@@ -88,6 +88,9 @@ def test_areas_are_told_by_name_and_found_by_uuid(scripted: Script) -> None:
     assert found is not None
     assert found.domid == 1
     assert stack.find(bytes(15) + b"\1") is None
+    assert stack.find(bytes(16)) is None  # dom0's
+    with pytest.raises(ValueError, match="domain 0"):
+        stack.destroy(0)
 
 
 def test_a_domain_that_dies_is_not_found_and_two_are_an_error(scripted: Script) -> None:
@@ -177,9 +180,18 @@ def test_a_name_that_is_taken_is_left_alone(scripted: Script, tmp_path: Path) ->
     stack = scripted(**made(tmp_path))
     (tmp_path / "domains").write_text(HEAD + DOM0 + AREA)
     with pytest.raises(HostError, match="sharearea-blue already") as caught:
-        stack.create("blue", bytes(16), max_bytes=MIB, grant_frames=64)
+        stack.create("blue", bytes(16), max_bytes=MIB, grant_frames=64)  # nor is dom0, whose uuid this is
     assert f"sharearea area destroy {IDENTITY}" in caught.value.hint
     assert not any(line.startswith(("create", "destroy")) for line in said(tmp_path))
+
+
+@needs_stub
+def test_what_a_dead_broker_made_is_replaced(scripted: Script, tmp_path: Path) -> None:
+    stack = scripted(**made(tmp_path))
+    (tmp_path / "domains").write_text(HEAD + DOM0 + AREA.replace("   1     4", "   9     4") + HUSK)
+    assert stack.create("blue", IDENTITY.bytes, max_bytes=MIB, grant_frames=64) == 1
+    assert [line.split()[0] for line in said(tmp_path)] == ["list", "destroy", "create", "list", "mem-max"]
+    assert said(tmp_path)[1] == "destroy 9"
 
 
 @needs_stub

@@ -96,6 +96,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "Unshare": cw.Unshare(1, 2),
         "Plain": cw.Plain(1, "not-offered"),
         "SegmentsGone": cw.SegmentsGone(u32s(4, 5)),
+        "GrantDevice": cw.GrantDevice(1),
+        "ShareGrants": cw.ShareGrants(1, 2, 0x7FEF, 1, u32s(0, 8, 3, 9, 70_000, 1)),
     },
 }
 CASES = [(link, name) for link, examples in EXAMPLES.items() for name in examples]

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from .common import wire
 from .common.wire import Verdict
@@ -441,6 +441,11 @@ Action = (
 # ---------------------------------------------------------------------------------------------------------- state
 
 
+PRESSURE_MARKS: Final = (100, 1000, 2000)
+"""Memory pressure, in hundredths of a percent, that the broker hears of at once: where it begins to act otherwise
+(Settings of its reclaim.py)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Who the agent is and how it behaves; times in seconds."""
@@ -453,7 +458,9 @@ class Settings:
     stats_interval: float = 10.0
     lease_timeout: float = 10.0
     retry: float = 2.0  # pause before a file whose lease was refused is tried again
-    store_retry: float = 30.0  # pause before grants are asked for again that could not be recorded, given or mapped
+    store_retry: float = 30.0  # pause before grants are asked for again that the broker could not record
+    room_retry: float = 30.0  # pause before grants are asked for again that no consumer had room to map
+    room_tries: int = 4  # and how often
     reconnect_min: float = 0.2
     reconnect_max: float = 30.0
     max_attached_files: int = 16_384
@@ -501,6 +508,8 @@ class _File:
     granted_pages: int = 0
     grantor: int | None = None
     refusal: str = ""  # reason code of a refusal that holds until the broker offers or grants pages
+    unmapped: frozenset[tuple[ConsumerId, Handle]] = frozenset()  # the uses at a time when none of them could map
+    in_vain: int = 0  # how often that was so, one time after the other
     retry_at: float = 0.0
     leaving_since: float = 0.0
     hung_logged: bool = False
@@ -542,6 +551,7 @@ class Agent:
         self._release: list[FileId] = []
         self._attach: list[FileId] = []
         self._memory = Memory()
+        self._told = Memory()  # what the broker heard of it last
         self._shared_keys: set[FileKey] = set()  # SHARED and LEAVING
         self._crowded: dict[FileKey, None] = {}  # files that wait until fewer than max_attached_files are shared
         self._again: dict[FileKey, None] = {}  # plain files to advance at the next tick
@@ -704,7 +714,7 @@ class Agent:
                 for file_id, available in zip(array("I", message.ids), array("I", message.available), strict=True):
                     file = self._current(file_id)
                     if file is not None:
-                        file.available, file.refusal = available, ""
+                        file.available, file.refusal, file.in_vain = available, "", 0
                         self._advance(file)
             case wire.Grantor():
                 self._grantor = message.domid
@@ -767,7 +777,7 @@ class Agent:
         for file in self._files.values():
             if file.version is not None and file.paths:
                 self._unreported[file.key] = None
-        self._act(Send(self._stats()))
+        self._say_stats()
 
     def _forget_versions(self) -> None:
         """Fingerprints under another key say nothing: the scanner brings new ones."""
@@ -949,7 +959,10 @@ class Agent:
             return self.settings.mappings_off
         if self._suspending:
             return "suspending"
-        return "detached" if file.detached else None
+        if file.detached:
+            return "detached"
+        in_vain = file.in_vain >= self.settings.room_tries and file.unmapped == file.uses.keys()
+        return "no-room" if in_vain else None
 
     def _plain(self, file: _File, use: tuple[ConsumerId, Handle], reason: str) -> None:
         if not file.uses[use].answered:
@@ -970,10 +983,12 @@ class Agent:
             and self._welcome is not None
             and not file.poisoned
             and self._barred(file) is None
-            and self._now >= file.retry_at
             and not file.stale
             and file.version.id not in self._asked
         ):
+            if self._now < file.retry_at:
+                self._again[file.key] = None
+                return
             if len(self._shared_keys) >= self.settings.max_attached_files:
                 self._crowded[file.key] = None
                 return
@@ -1087,15 +1102,17 @@ class Agent:
             self._log("file.mismatch", path=path.decode("utf-8", "backslashreplace"), consumer=mapped.consumer)
             self._leave(file)
         elif mapped.outcome == MAPPED_DONE and file.stage is Stage.SHARED:
+            file.in_vain = 0
             self._drop_if_complete(file)
         elif mapped.outcome == MAPPED_NO_ROOM and file.stage is Stage.SHARED:
             file.uses[use].no_room = True
             self._give_up_unmapped(file)
 
     def _give_up_unmapped(self, file: _File) -> None:
-        """Give back grants that no consumer could map: they count against this domain's budget."""
+        """Give back grants that no consumer could map, and try again; in the end only with others or another offer."""
         if file.uses and all(use.no_room for use in file.uses.values()):
-            file.retry_at = self._now + self.settings.store_retry
+            file.unmapped, file.in_vain = frozenset(file.uses), file.in_vain + 1
+            file.retry_at = self._now + self.settings.room_retry
             self._leave(file)
 
     def _drop_if_complete(self, file: _File) -> None:
@@ -1216,16 +1233,13 @@ class Agent:
             file = self._files.get(key)
             if file is not None and file.stage is Stage.PLAIN:
                 self._advance(file)
-                if file.stage is Stage.PLAIN and self._now < file.retry_at:
-                    self._again[key] = None
         for key in list(islice(self._crowded, max(0, self.settings.max_attached_files - len(self._shared_keys)))):
             del self._crowded[key]
             file = self._files.get(key)
             if file is not None:
                 self._advance(file)
-        if self._welcome is not None and self._now >= self._stats_at:
-            self._stats_at = self._now + self.settings.stats_interval
-            self._act(Send(self._stats()))
+        if self._welcome is not None and (self._now >= self._stats_at or self._memory_dwindles()):
+            self._say_stats()
         if self.settings.drop and self._now >= self._drop_at:
             self._drop_at = self._now + self.settings.drop_interval
             if not self._drop_queue:
@@ -1249,6 +1263,18 @@ class Agent:
                     self._act(CutOff(consumer))
 
     # ------------------------------------------------------------------------------------------------- looking in
+
+    def _say_stats(self) -> None:
+        self._stats_at = self._now + self.settings.stats_interval
+        self._told = self._memory
+        self._act(Send(self._stats()))
+
+    def _memory_dwindles(self) -> bool:
+        """Whether the broker should hear at once, so that it gives memory back before the guest runs short of it."""
+        less = self._told.available_bytes - self._memory.available_bytes
+        if less > self._memory.total_bytes // 32:
+            return True
+        return any(self._told.pressure < mark <= self._memory.pressure for mark in PRESSURE_MARKS)
 
     def _stats(self) -> wire.AgentStats:
         versions = [file.version for file in self._files.values() if file.version is not None]

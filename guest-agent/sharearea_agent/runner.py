@@ -42,7 +42,8 @@ from .worker import Job, Steps, Then, Worker
 _TICK_S: Final = 0.25
 _REPORT_ROOM: Final = 1 << 20  # reports go out while fewer bytes than this wait for the broker
 _CUT_OFF_S: Final = 2.0  # at the end, for what follows when consumers that hang are cut off
-_MEMORY_S: Final = 10.0  # between two looks at our own memory
+_MEMORY_S: Final = 1.0  # between two looks at the guest's memory
+_OWN_MEMORY_S: Final = 10.0  # between two looks at our own
 _DUE_S: Final = 1.0  # between two looks at files that were too young to be trusted
 _SUSPEND_S: Final = 10.0  # after a suspend was announced; none that comes is announced earlier
 
@@ -83,6 +84,8 @@ class Runner:
         self._next_tick = 0.0
         self._started = time.monotonic()
         self._memory_at = 0.0
+        self._own_memory_at = 0.0
+        self._own_memory = 0
         self._mappings_off = self._why_no_mappings()
         settings = agent.Settings(
             name=config.name,
@@ -242,9 +245,12 @@ class Runner:
 
     def _tick(self, now: float) -> None:
         memory = None
-        if now >= self._memory_at:  # the kernel walks all our mappings for it
+        if now >= self._own_memory_at:  # the kernel walks all our mappings for it
+            self._own_memory_at = now + _OWN_MEMORY_S
+            self._own_memory = _private_bytes()
+        if now >= self._memory_at:
             self._memory_at = now + _MEMORY_S
-            memory = _memory()
+            memory = _memory(self._own_memory)
         if self._connector is not None:
             self._connector.check()
         if self._resume_at is not None and now >= self._resume_at:
@@ -748,8 +754,8 @@ def _runs(pages: bytes | None, start: int, count: int) -> list[Run]:
     return [(start, count)] if pages is None else runs_of(pages[start * 4 : (start + count) * 4])
 
 
-def _memory() -> agent.Memory:
-    """Return what the kernel says of our own and the guest's memory."""
+def _memory(own: int) -> agent.Memory:
+    """Return what the kernel says of the guest's memory, beside what it said of our own."""
     info: dict[str, int] = {}
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -760,7 +766,7 @@ def _memory() -> agent.Memory:
     with contextlib.suppress(OSError, ValueError, IndexError):
         some = Path("/proc/pressure/memory").read_text().split("avg10=", 1)[1]
         pressure = min(10_000, round(float(some.split()[0]) * 100))
-    return agent.Memory(_private_bytes(), info.get("MemTotal", 0), info.get("MemAvailable", 0), pressure)
+    return agent.Memory(own, info.get("MemTotal", 0), info.get("MemAvailable", 0), pressure)
 
 
 def _private_bytes() -> int:

@@ -160,7 +160,7 @@ class Toolstack:
         A domain that dies but is still mapped keeps its uuid and does not count. Raises HostError if two have it.
         """
         wanted = str(uuids.UUID(bytes=uuid))
-        found = [domain for domain in self.domains() if domain.uuid == wanted and not domain.dying]
+        found = [domain for domain in self.domains() if domain.uuid == wanted and domain.domid and not domain.dying]
         if len(found) > 1:
             raise HostError(
                 f"domains {', '.join(str(domain.domid) for domain in found)} have one uuid, {wanted}",
@@ -174,12 +174,16 @@ class Toolstack:
         """Create the area domain of a pool, paused for ever, and return its domid.
 
         `uuid` (16 bytes) names it; it may come to hold `max_bytes` of pages, and its grant table may grow to
-        `grant_frames`, which must not be more than limits() says. If this fails nothing is left of it.
+        `grant_frames`, which must not be more than limits() says. An area domain that has the uuid already is destroyed
+        first: the caller knows that nothing of it is needed. If this fails nothing is left of it.
         """
         name = AREA_PREFIX + pool
         kernel = stub_path()
+        own = str(uuids.UUID(bytes=uuid))
         for domain in self.domains():
-            if domain.name == name:
+            if domain.uuid == own and not domain.dying and domain.name in (name, ""):  # "": xl was not so far
+                self.destroy(domain.domid)
+            elif domain.name == name:
                 raise HostError(
                     f"there is a domain {name} already, {domain.domid} with uuid {domain.uuid}, which is not this area",
                     f"if nothing needs it any more: sharearea area destroy {domain.uuid}",
@@ -187,7 +191,7 @@ class Toolstack:
         config = _config(
             {
                 "name": name,
-                "uuid": str(uuids.UUID(bytes=uuid)),
+                "uuid": own,
                 "type": "pvh",
                 "kernel": str(kernel),
                 "vcpus": 1,
@@ -225,8 +229,14 @@ class Toolstack:
         mib = _STUB_MIB + -(-max_bytes // _MIB)
         self._run([self._xl, "mem-max", str(domid), str(mib)])
 
+    def set_memory(self, domid: int, size: int) -> None:
+        """Set a domain's memory target, and with it the most that Xen lets it have, to `size` bytes (whole KiB)."""
+        self._run([self._xl, "mem-set", str(domid), f"{size // 1024}k"])
+
     def destroy(self, domid: int) -> None:
         """Destroy a domain. What others have mapped stays theirs until they unmap it; all else is free at once."""
+        if domid == 0:
+            raise ValueError("domain 0 is the host's own")
         self._run([self._xl, "destroy", str(domid)])
 
     # ---------------------------------------------------------------------------------------------------- within

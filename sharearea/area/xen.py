@@ -104,9 +104,12 @@ class XenArea:
         return self._domain.domid if self._domain is not None else None
 
     def alive(self) -> bool:
-        """Tell whether the area is usable: False once its domain was destroyed. No domain yet is alive."""
+        """Tell whether the area is usable: False once its domain was destroyed. No domain yet is alive.
+
+        Where Xen or this kernel cannot say just now (no memory to map a page), it is taken for alive.
+        """
         self._check_open()
-        return self._domain is None or self._domain.alive()
+        return self._domain is None or self._is_alive(self._domain)
 
     # ---------------------------------------------------------------------------------------------------- slots
 
@@ -322,10 +325,8 @@ class XenArea:
         self._closed = True
 
     def _create(self) -> AreaDomain:
-        left = self._toolstack.find(self._identity)
-        if left is not None:
-            # The store knows no segment of it, so nobody was ever granted anything: an earlier broker died making it.
-            self._toolstack.destroy(left.domid)
+        # If there is one of this uuid, the store knows no segment of it, so nobody has a grant on anything in it: an
+        # earlier broker died making it, or had closed all of its segments. create() replaces it.
         frames = self._host_limits().grant_frames
         if self._max_grants is not None:
             frames = min(frames, -(-self._max_grants // GRANTS_PER_FRAME))
@@ -364,7 +365,7 @@ class XenArea:
         try:
             return domain.alive()
         except ShareareaError:
-            return True  # nobody knows; the first error says more
+            return True  # nobody knows
 
     def _let_go(self) -> None:
         if self._domain is not None:

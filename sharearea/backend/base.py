@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..area.base import Area
+from ..balloon import Memory
 from ..common import wire
 from ..common.link import Link
 from ..grants import GrantLimits
@@ -69,6 +70,10 @@ class Backend(Protocol):
 
     def tick(self, now: float, pools: Mapping[PoolId, Any]) -> tuple[list[Arrival | Event], list[PoolId]]:
         """Look at what no event tells: what ready() returns, and pools whose area is gone. `pools`: Engine.pools()."""
+        ...
+
+    def memory(self, domid: int) -> Memory | None:
+        """Return the memory target of a Xen domain whose memory is looked after, None for every other."""
         ...
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from ..area.toolstack import Toolstack
 from ..area.xen import XenArea
-from ..balloon import Balloon, Change, claims
+from ..balloon import Balloon, Change, Memory, claims
 from ..common.errors import HostError, NativeError
 from ..common.logs import EventLog
 from ..common.xenstore import XenStore, XenStoreError
@@ -33,6 +33,7 @@ from ..transport import xen
 from ..transport.xen import ListenerEvent
 from .base import Arrival, Opened, bytes_differ, unusable
 
+_XL_S: Final = 10.0  # for xl, where the loop waits for it
 _CHECK_S: Final = 1.0  # between two looks whether links and areas are alive
 
 
@@ -47,8 +48,9 @@ class XenBackend:
         self._xenstore = XenStore()
         self._listener = xen.XenListener(self._xenstore)
         self._nodes = XenStore()  # the listener's is the listener's alone
-        self._balloon = Balloon(self._nodes)
+        self._balloon = Balloon(self._nodes, Toolstack(timeout_s=_XL_S).set_memory)
         self._check_at = 0.0
+        self._look_at = 0.0
         self._suspect = False  # a call said that an area domain may be gone
 
     def fileno(self) -> int:
@@ -139,9 +141,16 @@ class XenBackend:
         return events, [name for name, area in self._areas.items() if area.domid is not None and not area.alive()]
 
     def _reclaim(self, now: float, pools: Mapping[PoolId, Any]) -> None:
-        if self._balloon.due(now):
+        if now >= self._look_at and self._balloon.due(now):
             self._balloon.look(claims(pools), self._living(), now)
+            # With 100,000 files mapped, this takes 80 ms: a fiftieth of the time at the most.
+            done = time.monotonic()
+            self._look_at = done + 49 * (done - now)
         self._say(self._balloon.step(now))
+
+    def memory(self, domid: int) -> Memory | None:
+        """Return a domain's memory target as it was last seen, and what it was before anything was taken."""
+        return self._balloon.memory(domid)
 
     def _living(self) -> dict[int, str]:
         return {domid: domain.uuid for domid, domain in self._listener.domains().items()}

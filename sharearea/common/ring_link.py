@@ -123,8 +123,10 @@ class RingLink:
         return messages
 
     def _read(self, messages: list[tuple[Message, int | None]]) -> None:
-        # The event before the bytes: one that comes later announces bytes that come later.
+        # The event before the bytes: one that comes later announces bytes that come later. It may be about room, too,
+        # and nobody else will hear of it.
         self._channel.drain()
+        self._write()
         if self._stuck:
             raise ProtocolError("the peer's ring counters make no sense")
         self._unread = False
@@ -181,12 +183,16 @@ class RingLink:
         self._check_open()
         if not self._reading:
             self._drain()
+        done = self._write()
+        if not done and self._gone is not None:
+            self._unread = True
+            self._show()
+            raise LinkClosed(f"cannot write: {self._gone}")
+        return done
+
+    def _write(self) -> bool:
         while self._queue:
-            if (gone := self._peer_gone()) is not None:
-                self._unread = True
-                self._show()
-                raise LinkClosed(f"cannot write: {gone}")
-            if self._stuck:
+            if self._stuck or self._peer_gone() is not None:
                 return False
             buffers = self._gather()
             try:

@@ -102,7 +102,7 @@ class _Seen:
     domid: int
     uuid: str
     link: RingLink | None = None
-    look: bool = True  # its node may have changed
+    look: bool = False  # its node may have changed
     look_at: float = 0.0  # not before
     changes: int = 0
     changes_since: float = 0.0
@@ -140,6 +140,7 @@ class XenListener:
         """Why the last ready() or check() could not do its work, else None."""
         xenstore.watch("@introduceDomain", "introduced")
         xenstore.watch("@releaseDomain", "released")
+        self._census()
 
     def fileno(self) -> int:
         """Return xenstore's descriptor: readable when ready() may have something to do. Raises Closed."""
@@ -301,7 +302,7 @@ class XenListener:
     def domains(self) -> dict[int, XenDomain]:
         """Return the domains that are there, dom0 left out, as xenstore describes them now: five requests for each.
 
-        Raises XenStoreError.
+        Which are there is known from the start, and then as ready() and check() find out. Raises XenStoreError.
         """
         return {domid: self._read_domain(domid) for domid in sorted(self._seen)}
 

@@ -30,6 +30,7 @@ PASSED = 42
 PAGE = 4096
 SLOTS = 2048  # 8 MiB segments
 LARGE_SLOTS = 16384  # 64 MiB ones
+SMALL_SLOTS = 512  # 2 MiB ones
 MIB = 1 << 20
 KEY = bytes(range(32))
 IN_USE_WAIT_S = 20.0
@@ -264,12 +265,12 @@ def full_host(content: Content) -> None:
     """An area that may have more than the host has; and memory that is there in single pages only."""
     page, want = content.pages[:PAGE], content.want[:32]
     large = XenArea("probe", os.urandom(16), KEY, LARGE_SLOTS, 64 << 30, None, toolstack)
-    small = new_area("small", max_bytes=1 << 30)
+    small = XenArea("small", os.urandom(16), KEY, SMALL_SLOTS, 1 << 30, None, toolstack)
     large.fill(0, page, want)
     small.fill(0, page, want)
     # Somebody else's `xl mem-set` must not stop it.
     subprocess.run(["xl", "mem-set", str(large.domid), "64"], check=True, capture_output=True)
-    segments = 1
+    blocks = 0
     begun = time.monotonic()
     for area in (large, small):
         number = 1
@@ -283,28 +284,30 @@ def full_host(content: Content) -> None:
             number += 1
         must("memory" in full.message, f"the reason is named: {full.message}")
         must(area.segments() == tuple(range(number)), "no segment was opened by halves")
-        segments += (number - 1) * area.slots_per_segment // SLOTS
+        blocks += (number - 1) * area.slots_per_segment // SMALL_SLOTS
     spent = time.monotonic() - begun
     left = free_mib()
+    opens = len(large.segments()) + len(small.segments())
     ok, _ = large.fill(1, page, want)
     must(ok == b"\1", "and the area goes on")
     number = len(small.segments())
-    refused(AreaFull, lambda: small.fill(number * SLOTS, page, want), "8 MiB more")
-    # Every other page of a stretch: 8 MiB and a bit, without two that are neighbours.
+    refused(AreaFull, lambda: small.fill(number * SMALL_SLOTS, page, want), "2 MiB more")
+    # Every other page of a stretch: 2 MiB and a bit, without two that are neighbours.
     with native.AreaDomain(large.domid or 0, BASE_FRAME) as domain:
-        for slot in range(LARGE_SLOTS, LARGE_SLOTS + 2 * SLOTS + 128, 2):
+        for slot in range(LARGE_SLOTS, LARGE_SLOTS + 2 * SMALL_SLOTS + 64, 2):
             domain.release(slot, 1)
-    (ok, opened), singles = timed(lambda: small.fill(number * SLOTS, content.pages, content.want))
-    must(ok == b"\1" * content.count and len(opened) == 1, "a segment of single pages")
-    must(small.verify(number * SLOTS, content.want) == b"\1" * content.count, "is as good")
+    pages, fingerprints = content.pages[: SMALL_SLOTS * PAGE], content.want[: SMALL_SLOTS * 32]
+    (ok, opened), singles = timed(lambda: small.fill(number * SMALL_SLOTS, pages, fingerprints))
+    must(ok == b"\1" * SMALL_SLOTS and len(opened) == 1, "a segment of single pages")
+    must(small.verify(number * SMALL_SLOTS, fingerprints) == b"\1" * SMALL_SLOTS, "is as good")
     small.close_segment(number)
     refused(AreaFull, lambda: large.fill(len(large.segments()) * LARGE_SLOTS, page, want), "64 MiB more")
     for segment in large.segments():
         large.close_segment(segment)
-    settles(lambda: free_mib() >= segments * 8 - 16, "all of it is given back, with holes or without")
-    say(figures={"segments_until_full": segments, "free_mib_when_full": left,
-                 "open_8_mib_ms": round(spent * 1000 / segments, 1),
-                 "fill_8_mib_of_single_pages_ms": singles})  # fmt: skip
+    settles(lambda: free_mib() >= blocks * 2 - 64, "all of it is given back, with holes or without")
+    say(figures={"mib_until_full": blocks * 2, "free_mib_when_full": left,
+                 "open_segment_ms": round(spent * 1000 / opens, 1),
+                 "fill_2_mib_of_single_pages_ms": singles})  # fmt: skip
     large.destroy()
     small.destroy()
 

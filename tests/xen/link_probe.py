@@ -1,13 +1,13 @@
 """What runs inside the lab's machines to prove the link: an agent's end, a broker's end, and bare vchans.
 
     python3 link_probe.py agent                              in a guest: offer rings, answer, offer again
-    python3 link_probe.py broker [MEGABYTES]                 in dom0: find agents, exchange bytes, tell what happens
+    python3 link_probe.py broker MEGABYTES TRIPS             in dom0: find agents, exchange bytes, tell what happens
     python3 link_probe.py serve|connect DOMID PATH SEND_FILE|- RECEIVE_BYTES RECEIVE_FILE|- [READ_ORDER WRITE_ORDER]
     python3 link_probe.py store                              in a guest: what it may and may not write
     python3 link_probe.py flood SECONDS                      in a guest: change its node as often as can be
 
 Every line that it prints is one JSON object with "at", the seconds of this machine's clock. It runs on the installed
-packages (or with PYTHONPATH), and needs nothing else. Who starts these and judges their words is link.py.
+packages (or with PYTHONPATH), and needs nothing else. Who starts these and judges their words is link_run.py.
 """
 
 from __future__ import annotations
@@ -122,14 +122,15 @@ def answer(link: Any, rendezvous: Any) -> None:
                     link.send(wire.Data(number, b"\1" * PAGES, noise(number, PAGES * 4096)))
                     link.flush()
             elif isinstance(message, wire.Ping):
-                say("granted", size=size, hash=taken.hexdigest())
+                if size:
+                    say("granted", size=size, hash=taken.hexdigest())
                 link.send(wire.Pong(message.number))
 
 
 # ---------------------------------------------------------------------------------------------------------- broker
 
 
-def broker(megabytes: int = 8) -> None:
+def broker(megabytes: int, trips: int) -> None:
     """Find agents, and exchange bytes with each once; tell of every event, until standard input ends."""
     xen = part("transport.xen")
     sessions: dict[Any, _Session] = {}
@@ -158,7 +159,7 @@ def broker(megabytes: int = 8) -> None:
                         target=domain.memory_target,
                         most=domain.memory_max,
                     )
-                    sessions[event.link] = _Session(event.link, event.identity.domid, megabytes)
+                    sessions[event.link] = _Session(event.link, event.identity.domid, megabytes, trips)
                     selector.register(event.link, selectors.EVENT_READ)
                 elif isinstance(event, xen.DomainGone):
                     say("gone", domid=event.domid)
@@ -180,9 +181,9 @@ def broker(megabytes: int = 8) -> None:
 class _Session:
     """Round trips first, then bytes to the agent, then bytes from it."""
 
-    def __init__(self, link: Any, domid: int, megabytes: int) -> None:
+    def __init__(self, link: Any, domid: int, megabytes: int, trips: int) -> None:
         self.link, self.domid = link, domid
-        self.trips = 200
+        self.trips = trips
         self.frames = megabytes * (1 << 20) // (PAGES * 4096)
         self.grants = megabytes * (1 << 20) // GRANT_BYTES + 1
         self.hash = hashlib.sha256()
@@ -323,8 +324,8 @@ def main() -> int:
     match sys.argv[1:]:
         case ["agent"]:
             agent()
-        case ["broker", *megabytes]:
-            broker(*(int(number) for number in megabytes))
+        case ["broker", megabytes, trips]:
+            broker(int(megabytes), int(trips))
         case [("serve" | "connect") as verb, domid, path, send, size, receive, *orders]:
             return stream(verb, int(domid), path, send, int(size), receive, *orders)
         case ["store"]:

@@ -6,7 +6,7 @@
  *
  * PATH is the xenstore path of the server's node: its own, relative (serve), or absolute (connect). READ_BYTES and
  * WRITE_BYTES are what a server asks of its rings. What was sent and received is compared by who runs it. Linked
- * statically, so that it runs in any guest: see build_peer() in link_probe.py's runner.
+ * statically, so that it runs in any guest: see build_peer() in link_run.py.
  */
 #include <errno.h>
 #include <fcntl.h>
