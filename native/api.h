@@ -240,8 +240,8 @@ typedef struct sa_grants sa_grants;
 enum { SA_GRANTS_AT_ONCE = 65536 }; /* references in one ioctl: the kernel's limit */
 
 /* Open the grant device read only, so that nothing mapped through the descriptor can become writable in whatever
- * process. *ret_noexec: 1 if nothing can become executable either (executing a granted page kills a PVH guest); that
- * takes CAP_SYS_ADMIN and Linux 5.12. The descriptor is the caller's. */
+ * process. *ret_noexec: 1 if nothing can become executable either (executing a granted page kills a PVH guest): that
+ * takes CAP_SYS_ADMIN and Linux 5.12, or a noexec mount under path. The descriptor is the caller's. */
 int sa_grants_open(const char *path, int *ret_fd, int *ret_noexec);
 
 /* Join runs whose pages follow one another, whatever their slots. ret_stretches (nruns entries): page, number of its

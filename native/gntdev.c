@@ -29,6 +29,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -93,13 +94,17 @@ static int open_noexec(const char *path, int *ret_fd)
 
 int sa_grants_open(const char *path, int *ret_fd, int *ret_noexec)
 {
+	struct statvfs mount;
+
 	*ret_fd = -1;
-	*ret_noexec = 1;
-	if (open_noexec(path, ret_fd) == 0)
-		return 0;
 	*ret_noexec = 0;
-	*ret_fd = open(path, O_RDONLY | O_CLOEXEC);
-	return *ret_fd < 0 ? -errno : 0;
+	/* Without the right to make a mount, the mount that the device is on may be noexec all the same. */
+	if (open_noexec(path, ret_fd) != 0)
+		*ret_fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (*ret_fd < 0)
+		return -errno;
+	*ret_noexec = fstatvfs(*ret_fd, &mount) == 0 && (mount.f_flag & ST_NOEXEC) != 0;
+	return 0;
 }
 
 /* ------------------------------------------------------------------------------------------------------- stretches */

@@ -909,7 +909,7 @@ class Engine:
         if not positions:
             return
         pages, at = memoryview(message.pages), 0
-        for first, count in self._room(pool, len(positions) // 4, _PIECES):
+        for first, count in self._room(pool, len(positions) // 4):
             part = positions[at * 4 : (at + count) * 4]
             ids = pool.index.ids_at(job.content, part)
             want = pool.index.table.fps(ids)
@@ -923,9 +923,9 @@ class Engine:
             pool.queue.append(_Job(job.content, positions[at * 4 :], job.tried))
 
     @staticmethod
-    def _room(pool: _Pool, count: int, most: int) -> list[tuple[SlotNumber, int]]:
-        """Return slots for pages as (first, count): one piece for all, or up to `most` pieces of a full area."""
-        found = pool.index.allocate_scattered(count, most) if pool.full else []
+    def _room(pool: _Pool, count: int) -> list[tuple[SlotNumber, int]]:
+        """Return slots for pages as (first, count): one piece for all, or pieces of a full area, as far as they go."""
+        found = pool.index.allocate_scattered(count, _PIECES) if pool.full else []
         return found or [(pool.index.allocate(count), count)]
 
     def _on_filled(self, event: Filled) -> None:
@@ -1447,15 +1447,20 @@ class Engine:
                         if peer is not None:
                             self._withdraw(peer, files, WithdrawReason.MOVING)
             elif len(slots) // 4 < self.settings.thin_ratio * index.slots_per_segment:
-                self._move(pool, segment, slots, ids)
-                return
+                # Where slots are used again, another segment would be as thin as this one.
+                if not index.reuse or index.room_beside(segment) >= len(slots) // 4:
+                    self._move(pool, segment, slots, ids)
+                    return
         pool.looked_at = index.changed
 
     def _move(self, pool: _Pool, segment: int, slots: bytes, ids: bytes) -> None:
         pool.moving = segment
         pool.index.empty(segment)
         count = min(len(ids) // 4, wire.MAX_FETCH_PAGES)
-        first, count = self._room(pool, count, 1)[0]
+        if pool.index.reuse:
+            ((first, count),) = pool.index.allocate_scattered(count, 1)
+        else:
+            first = pool.index.allocate(count)
         slots, ids = slots[: count * 4], ids[: count * 4]
         want = pool.index.hold(ids)
         filling = _Filling(pool, None, ids, first, want, "")

@@ -71,8 +71,13 @@ class Ranges:
         self._longest = max(self._longest, end - first)
 
     def add_all(self, stretches: Iterable[tuple[int, int]]) -> None:
-        """Add many stretches: in one pass over all that is there. Raises ValueError as `add`, with nothing added."""
+        """Add stretches, many of them in one pass. Raises ValueError as `add`, with nothing added."""
         new = sorted((first, first + count) for first, count in stretches if count > 0)
+        if len(new) < _MANY and not any(self.overlaps(start, end - start) for start, end in new):
+            if all(end <= start for (_, end), (start, _) in itertools.pairwise(new)):
+                for start, end in new:
+                    self.add(start, end - start)
+                return
         starts: list[int] = []
         ends: list[int] = []
         for start, end in sorted([*zip(self._starts, self._ends, strict=True), *new]):
@@ -164,15 +169,12 @@ class Ranges:
             self.remove(first, part)
         return taken
 
-    def cut_out(self, first: int, end: int) -> list[tuple[int, int]]:
-        """Take out what is there from `first` to `end`, and return it."""
-        found = [
-            (max(start, first), min(stop, end) - max(start, first))
-            for start, stop in zip(self._starts, self._ends, strict=True)
-            if start < end and stop > first
-        ]
-        self.remove(first, end - first)
-        return found
+    def inside(self, first: int, end: int) -> list[tuple[int, int]]:
+        """Return what is there from `first` to `end`."""
+        at, until = bisect_right(self._ends, first), bisect_left(self._starts, end)
+        starts = (max(start, first) for start in self._starts[at:until])
+        ends = (min(stop, end) for stop in self._ends[at:until])
+        return [(start, stop - start) for start, stop in zip(starts, ends, strict=True)]
 
     def gaps(self, first: int, end: int) -> list[tuple[int, int]]:
         """Return what is not there from `first` to `end`."""
@@ -244,11 +246,7 @@ class GrantLedger:
     def give_back(self, domid: int, refs: bytes) -> None:
         """Take back references (packed (first, count)) whose entries are free."""
         inside, beyond = self._cut(refs)
-        if len(inside) > _MANY:
-            self._free.add_all(inside)
-        else:
-            for first, count in inside:
-                self._free.add(first, count)
+        self._free.add_all(inside)
         for first, count in beyond:
             self._beyond.remove(first, count)
         left = self.used_by(domid) - sum(array("I", refs)[1::2])
@@ -397,6 +395,7 @@ def compare(
         else:
             lost.append(key)
     orphans: dict[int, tuple[array[int], array[int]]] = {}
+    domid_at[:FIRST_REFERENCE] = array("I", [_NOBODY]) * min(size, FIRST_REFERENCE)
     left = array("I", itertools.compress(range(size), map(operator.ne, domid_at, itertools.repeat(_NOBODY))))
     for first, count in stretches(left):
         for domid, group in itertools.groupby(range(first, first + count), domid_at.__getitem__):

@@ -246,10 +246,27 @@ class PoolIndex:
         self.next_slot = first + count
         return first
 
+    def room_beside(self, segment: int) -> int:
+        """Return how many slots pages could go to without another segment, those of this one left out."""
+        per_segment = self.slots_per_segment
+        own = sum(count for _, count in self.free.inside(segment * per_segment, (segment + 1) * per_segment))
+        return self.free.count - own + self._room_behind()
+
+    def _room_behind(self) -> int:
+        """Return how many slots of an open segment nothing was ever in."""
+        return -self.next_slot % self.slots_per_segment if self.current_segment() in self.segments else 0
+
     def allocate_scattered(self, count: int, most: int) -> list[tuple[SlotNumber, int]]:
-        """Return up to `count` slots that can be filled again as (first, count): one stretch, else up to `most`."""
+        """Return up to `count` slots of open segments as (first, count): one stretch, else up to `most` of them."""
         first = self.free.take_stretch(count)
-        return [(first, count)] if first is not None else self.free.take_some(count, most)
+        if first is not None:
+            return [(first, count)]
+        found = self.free.take_some(count, most)
+        behind = min(count, self._room_behind())
+        if not found and behind:
+            found = [(self.next_slot, behind)]
+            self.next_slot += behind
+        return found
 
     def _add_free(self, found: list[tuple[SlotNumber, int]]) -> None:
         """Take slots that may be filled again, unless their segment is gone or takes no more pages."""
@@ -284,7 +301,8 @@ class PoolIndex:
         if self.reuse and segment not in self.emptying:
             self.emptying.add(segment)
             low, high = segment * self.slots_per_segment, (segment + 1) * self.slots_per_segment
-            self.withheld.add_all(self.free.cut_out(low, high))
+            self.withheld.add_all(self.free.inside(low, high))
+            self.free.remove(low, self.slots_per_segment)
 
     def fill_again(self) -> None:
         """Put pages into all segments again: there is no room for new ones."""

@@ -2036,6 +2036,9 @@ class World:
         freed = {slot for slot in freed if slot // per_segment in index.segments}
         found = index.free.count + index.withheld.count + len(self.broker.tables[name].taken) + len(freed)
         check(found == open_slots, "I4", "slots are lost or counted twice", name, found, open_slots)
+        for segment in index.emptying:
+            overlaps = index.free.overlaps(segment * per_segment, per_segment)
+            check(not overlaps, "I7", "a segment that is emptied is filled", name, segment)
 
     def check_owners(self, guest: Guest, pool: Any) -> None:
         """I6 between the index and one agent, up to what is on the way."""
@@ -2693,7 +2696,7 @@ class World:
                 continue
             if len(agent._shared_keys) >= agent.settings.max_attached_files and file.stage is Stage.PLAIN:
                 continue
-            if trying and file.stage is Stage.PLAIN and file.refusal == "grant-budget":
+            if file.stage is not Stage.SHARED and self._budget_changes_hands(pool):
                 continue
             if self.plan.xen and file.stage is not Stage.SHARED and self._beyond_budget(guest, pool, version.id):
                 continue
@@ -2714,6 +2717,11 @@ class World:
         ledger: GrantLedger = pool.ledger
         assert guest.domid is not None
         return pages > ledger.free or ledger.used_by(guest.domid) + pages > ledger.limits.per_domain
+
+    def _budget_changes_hands(self, pool: Any) -> bool:
+        """Whether a program without room in any guest of the pool takes grants and gives them back, by turns."""
+        agents = [guest.agent for guest in self.guests if guest.pool == pool.name and guest.agent is not None]
+        return any(file.in_vain for agent in agents for file in agent._files.values())
 
     def _detached(self) -> None:
         """I8, and back again: by the guests, or by the operator."""

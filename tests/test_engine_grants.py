@@ -933,6 +933,19 @@ def test_a_move_that_fails_for_want_of_room_leaves_its_segment_to_be_filled() ->
     broker.no_slot_is_lost()
 
 
+def test_a_thin_segment_stays_where_others_have_no_room() -> None:
+    broker, a, b = filled((1,), (2, 3, 4), (5, 6, 7, 8))
+    gone(broker, 2, a, b)
+    broker.engine.settings = replace(SETTINGS, thin_ratio=0.3)
+    assert not [action for action in broker.ticks(10) if isinstance(action, Move)]
+    for peer in (a, b):
+        done = broker.bring(peer, 4, [9, 10])
+    ((peer, fetch),) = fetches(done)
+    broker.deliver(peer, fetch, [9, 10])
+    assert [broker.area[1], broker.area[2]] == [page(9), page(10)]
+    broker.no_slot_is_lost()
+
+
 def test_a_move_that_cannot_be_saved_is_made_again() -> None:
     broker, a, b = filled((1,), (2, 3, 4), (5, 6, 7, 8), (9,))
     gone(broker, 2, a, b)

@@ -133,9 +133,9 @@ class FakeXenstored:
     ) -> None:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(10)  # first: what it has accepted meanwhile is to be hung up too
         self._socket.close()
         self.hang_up()
-        self._thread.join(10)
         self.path.unlink()
 
     def answer(self, client: _Client, kind: int, payload: bytes) -> bytes:

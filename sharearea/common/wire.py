@@ -280,7 +280,11 @@ class Release(Message):
 
 @dataclass(frozen=True, slots=True)
 class AgentStats(Message):
-    """What the guest's kernel says, from time to time. Shown, summed, never used to decide."""
+    """What the guest's kernel says, from time to time, and at once when its memory dwindles.
+
+    Shown and summed. Where a pool reclaims memory, what is taken of this guest's, and given back, depends on it: within
+    what the broker itself counts for it (sharearea/reclaim.py), so that a lie costs the liar.
+    """
 
     TYPE: ClassVar[int] = 8
     files: int = uint(2**53)

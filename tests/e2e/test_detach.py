@@ -78,7 +78,7 @@ def test_a_domain_that_does_not_let_go_in_time_is_said_so(host: Host) -> None:
 
 
 def test_a_domain_whose_agent_is_dead_is_detached_when_its_grace_time_ends(host: Host) -> None:
-    host.configure({"grace": "3 s"})
+    host.configure({"grace": "10 s"})
     (first, _), (program, _), _ = _shared(host)
     first.running.kill()
     wait("an absent domain", lambda: host.domain_states()[first.name]["state"] == "absent")

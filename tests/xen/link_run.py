@@ -218,17 +218,19 @@ class LinkRun:
         ours = f"env PYTHONPATH={self.path} python3 /run/link_probe.py"
         theirs = "/run/vchan_peer"
         kind = self.lab.guests[name].kind
-        for label, server, client, orders in (
-            ("ours_ours", ours, ours, ""),
-            ("ours_libxenvchan", ours, theirs, ""),
-            ("libxenvchan_ours", theirs, ours, ""),
-            ("libxenvchan_libxenvchan", theirs, theirs, ""),
-            ("ours_libxenvchan_small", ours, theirs, "10 11"),
-            ("libxenvchan_ours_small", theirs, ours, "2048 1024"),
-            ("ours_libxenvchan_mixed", ours, theirs, "20 12"),
-            ("libxenvchan_ours_mixed", theirs, ours, "1024 1048576"),
+        for number, (label, server, client, orders) in enumerate(
+            (
+                ("ours_ours", ours, ours, ""),
+                ("ours_libxenvchan", ours, theirs, ""),
+                ("libxenvchan_ours", theirs, ours, ""),
+                ("libxenvchan_libxenvchan", theirs, theirs, ""),
+                ("ours_libxenvchan_small", ours, theirs, "10 11"),
+                ("libxenvchan_ours_small", theirs, ours, "2048 1024"),
+                ("ours_libxenvchan_mixed", ours, theirs, "20 12"),
+                ("libxenvchan_ours_mixed", theirs, ours, "1024 1048576"),
+            )
         ):
-            node = f"data/probe-{label}"
+            node = f"data/link{number}"  # libxenvchan has room for 64 characters in all
             size = STREAM_BYTES if not orders else STREAM_BYTES // 4
             cut = f"head -c {size} /run/out >/run/send &&"
             serving = guest.start("/bin/sh", "-c", f"{cut} {server} serve 0 {node} /run/send {size} /run/in {orders}")
