@@ -89,7 +89,7 @@ def perform(stages: Sequence[Stage], say: Say, *, stay: bool = False) -> tuple[i
     kept = False
     try:
         with _limit(LIMIT_S, "the run"):
-            run.lab.start(images)
+            run.lab.start(images, stay=stay)
             results["boot_s"] = round(time.monotonic() - begun, 1)
             for number, step in enumerate(stages, 1):
                 say(f"[{number}/{len(stages)}] {step.name}: {step.what}")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .channel import ChannelError, Machine
-from .host import BROKER_CONFIG, BROKER_LOG, POOL, Agent, Broker, Program, in_parallel, install
+from .host import BROKER_CONFIG, BROKER_LOG, POOL, Agent, Broker, Program, Talker, in_parallel, install
 from .images import HERE, ROOT
 from .run import Run, stage
 
@@ -61,6 +61,7 @@ class World:
         self.broker = Broker(run.lab)
         self.agents = {name: Agent(run.lab, name) for name in GUESTS}
         self.programs: dict[str, Program] = {}
+        self._census: Talker | None = None
         self.files: list[File] = []
         self.spare: list[File] = []
         """Files that nobody has opened yet."""
@@ -168,11 +169,12 @@ class World:
 
         in_parallel([partial(check, name) for name in names])
 
-    def census(self, refs_of: int = -1, *, pool: str = POOL) -> dict[str, Any]:
+    def census(self, *, pool: str = POOL) -> dict[str, Any]:
         """Count what there is (inside/census.py)."""
-        self.lab.dom0.put("/tmp/census.py", HERE / "inside" / "census.py")
-        command = f"python3 /tmp/census.py {pool} {STATE_DIR} --refs {refs_of}"
-        found: dict[str, Any] = json.loads(self.lab.dom0.run(command, timeout=120))
+        if self._census is None or not self._census.alive:
+            self.lab.dom0.put("/tmp/census.py", HERE / "inside" / "census.py")
+            self._census = Talker(self.lab.dom0.start("python3", "-u", "/tmp/census.py"))
+        found: dict[str, Any] = self._census.ask(pool=pool, state=STATE_DIR)
         return found
 
     def check_agreement(self, *, limit: float = 30) -> dict[str, Any]:
@@ -388,10 +390,8 @@ def calls(run: Run) -> None:
     assert attached <= made, f"{made} map ioctls for {attached} files: the count is wrong"
     # An attachment may be made again, when a file is offered anew as more of it is published; never page by page.
     assert made <= 3 * attached, f"{made} map ioctls for {attached} attachments of {pages} pages"
-    domid = run.lab.domid("g1")
-    assert domid is not None
-    census = it.census(domid)
-    refs = [reference for reference, _ in census["refs"]][:4096]
+    census = it.census()
+    refs = census["refs"][str(run.lab.domid("g1"))][:4096]
     guest.put("/tmp/map_calls.py", HERE / "inside" / "map_calls.py")
     order = json.dumps({"area": census["domid"], "refs": refs}).encode()
     said = json.loads(guest.run("python3 /tmp/map_calls.py", data=order, timeout=60))
@@ -440,17 +440,10 @@ EINVAL: Final = 22
 def refusals(run: Run) -> None:
     """A writable mapping, a store, another guest's reference, a stale one: refused; the area's bytes unchanged."""
     it = world(run)
-    for name in GUESTS:
-        domid = run.lab.domid(name)
-        assert domid is not None
-        before = it.census(domid)
-        refs = [reference for reference, _ in before["refs"]]
-        others = [
-            reference
-            for other in GUESTS
-            if other != name
-            for reference, _ in it.census(run.lab.domid(other) or -1)["refs"][:4]
-        ]
+    before = it.census()
+    owned: dict[str, list[int]] = {name: before["refs"][str(run.lab.domid(name))] for name in GUESTS}
+    for name, refs in owned.items():
+        others = [reference for other in GUESTS if other != name for reference in owned[other][:4]]
         guest = run.lab.guest(name)
         with contextlib.closing(Holder(guest, before["domid"])) as holder:
             answer = holder.map(refs[:4])
@@ -471,29 +464,28 @@ def refusals(run: Run) -> None:
             # xen-lab: a store is SIGSEGV; after mprotect SIGBUS on PV, and on PVH Xen throws it away without a word.
             wanted = {"store": (-11, 139), "mprotect": (-7, 135) if GUESTS[name] == "pv" else (0,)}[way]
             assert done.code in wanted, f"{name}: {way} ended with {done.code}: {done.err}"
-        after = it.census()
-        assert after["sha256"] == before["sha256"], "the area's bytes are others"
-        assert after["wrong"] == 0, after
+    after = it.census()
+    assert after["sha256"] == before["sha256"], "the area's bytes are others"
+    assert after["wrong"] == 0, after
     _stale(it)
     it.check_bytes()
 
 
 def _stale(it: World) -> None:
-    """A reference that a guest has given back is no longer good, and was not while others share the page."""
-    domid = it.lab.domid("g1")
-    assert domid is not None
-    before = it.census(domid)
+    """A reference that a guest has given back is no longer good for it."""
+    domid = str(it.lab.domid("g1"))
+    before = it.census()
     file = it.open_files[-1]
     it.close("g1", [file])
     now: dict[str, Any] = {}
 
     def fewer() -> bool:
         nonlocal now
-        now = it.census(domid)
-        return len(now["refs"]) < len(before["refs"])
+        now = it.census()
+        return len(now["refs"][domid]) < len(before["refs"][domid])
 
     it.lab.wait("references given back", fewer, limit=40, pause=1)
-    stale = sorted({reference for reference, _ in before["refs"]} - {reference for reference, _ in now["refs"]})
+    stale = sorted(set(before["refs"][domid]) - set(now["refs"][domid]))
     assert len(stale) == file.pages, f"{len(stale)} references of {file.pages} pages"
     with contextlib.closing(Holder(it.lab.guest("g1"), before["domid"])) as holder:
         for reference in (stale[0], stale[len(stale) // 2], stale[-1]):

@@ -1,8 +1,8 @@
-"""Compares what the broker's store says with what an area's grant table and frames are: `census.py POOL STATE_DIR`.
+"""Compares what the broker's store says with what an area's grant table and frames are.
 
 Runs in dom0, whether or not a broker runs: it reads a copy of the store. Table and frames are read here with ctypes, by
-the words of Xen's public headers and not by sharearea's own code; only the store's format is the package's. Prints one
-JSON object:
+the words of Xen's public headers and not by sharearea's own code; only the store's format is the package's. Each line
+of standard input is a question, {"pool": NAME, "state": STATE_DIR}; its answer is {"ok": true, "answer": {...}} with:
 
 domid     the area domain, -1 if there is none
 entries   how many entries of the table are in use (those of Xen's own, 0 to 7, aside); by domain in `by_domain`
@@ -12,12 +12,11 @@ strange   entries that no owner has: [domid, reference, frame, flags], the first
 writable  entries that are not exactly a read-only permission: must be none
 slots     how many slots the store knows; `wrong`: those whose bytes do not have their fingerprint
 sha256    of all these slots' bytes, in their order
-refs      with --refs DOMID: that domain's references and slots, ascending by reference
+refs      by domain, the references that owners have, ascending
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import hashlib
 import json
@@ -32,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from sharearea.area.xen import BASE_FRAME
-from sharearea.common.native import fingerprint_pages
+from sharearea.common.errors import ShareareaError
+from sharearea.common.native import AreaDomain, fingerprint_pages
 from sharearea.keys import load_keys
 from sharearea.model import PoolRecord
 from sharearea.store import Store
@@ -42,6 +42,10 @@ GRANT_TABLE = 1  # XENMEM_resource_grant_table, xen/include/public/memory.h
 PERMIT, READONLY, READING, WRITING = 1, 4, 8, 16  # xen/include/public/grant_table.h
 FIRST = 8
 AT_ONCE = 1024
+
+
+class Odd(Exception):
+    """What is in the store cannot be."""
 
 
 class Foreign:
@@ -88,7 +92,7 @@ def record_of(pool: str, state: Path, boot: str) -> PoolRecord | None:
         store, records, said = Store.open(copy, boot_id=boot)
         store.close()
         if said is not None:
-            raise SystemExit(said)
+            raise Odd(said)
         return records.get(pool)
 
 
@@ -100,10 +104,10 @@ def owned(record: PoolRecord) -> dict[int, tuple[int, int]]:
         slots = [runs[i + 1] + k for i in range(0, len(runs), 3) for k in range(runs[i + 2])]
         references = [refs[i] + k for i in range(0, len(refs), 2) for k in range(refs[i + 1])]
         if len(slots) != len(references):
-            raise SystemExit(f"an owner has {len(slots)} pages and {len(references)} references")
+            raise Odd(f"an owner has {len(slots)} pages and {len(references)} references")
         for reference, slot in zip(references, slots, strict=True):
             if reference in found:
-                raise SystemExit(f"reference {reference} has two owners")
+                raise Odd(f"reference {reference} has two owners")
             found[reference] = (owner.domid, slot)
     return found
 
@@ -120,29 +124,32 @@ def domid_of(identity: bytes) -> int:
 
 
 def main() -> int:
-    """Take the census and print it."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("pool")
-    parser.add_argument("state", type=Path)
-    parser.add_argument("--refs", type=int, default=-1)
-    options = parser.parse_args()
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    record = record_of(options.pool, options.state, boot)
-    result: dict[str, Any] = {"domid": -1}
-    if record is not None:
-        domid = domid_of(record.area)
-        if domid >= 0:
-            key = load_keys(options.state, boot, [options.pool])[options.pool].key
-            result = take(Foreign(domid), record, key, options.refs)
-    print(json.dumps(result))
+    """Answer until standard input ends."""
+    for line in sys.stdin:
+        question = json.loads(line)
+        try:
+            answer = {"ok": True, "answer": census(question["pool"], Path(question["state"]))}
+        except (OSError, subprocess.SubprocessError, ShareareaError, Odd) as error:
+            answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
     return 0
 
 
-def take(foreign: Foreign, record: PoolRecord, key: bytes, wanted: int) -> dict[str, Any]:
-    """Compare a pool's record with its area domain."""
-    # As many frames as there are: how far the table has grown is the one thing that no stable call tells.
-    from sharearea.common.native import AreaDomain
+def census(pool: str, state: Path) -> dict[str, Any]:
+    """Count what there is of a pool."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    record = record_of(pool, state, boot)
+    domid = domid_of(record.area) if record is not None else -1
+    if record is None or domid < 0:
+        return {"domid": -1}
+    key = load_keys(state, boot, [pool])[pool].key
+    return take(Foreign(domid), record, key)
 
+
+def take(foreign: Foreign, record: PoolRecord, key: bytes) -> dict[str, Any]:
+    """Compare a pool's record with its area domain."""
+    # How far the table has grown is the one thing that only the package's own code is asked.
     with AreaDomain(foreign.domid, BASE_FRAME) as area:
         frames = area.table()[0]
     table = foreign.table(frames)
@@ -165,6 +172,9 @@ def take(foreign: Foreign, record: PoolRecord, key: bytes, wanted: int) -> dict[
     by_domain: dict[str, int] = {}
     for _, domid, _ in entries.values():
         by_domain[str(domid)] = by_domain.get(str(domid), 0) + 1
+    refs: dict[str, list[int]] = {}
+    for reference, (domid, _) in sorted(owners.items()):
+        refs.setdefault(str(domid), []).append(reference)
     slots, wrong, digest = check_slots(foreign, record, key)
     return {
         "domid": foreign.domid,
@@ -179,7 +189,7 @@ def take(foreign: Foreign, record: PoolRecord, key: bytes, wanted: int) -> dict[
         "slots": slots,
         "wrong": wrong,
         "sha256": digest,
-        "refs": sorted([reference, slot] for reference, (domid, slot) in owners.items() if domid == wanted),
+        "refs": refs,
     }
 
 
