@@ -26,7 +26,7 @@ from .lab import FOLDER, PASSED, Lab, LabError
 
 RESULTS: Final = FOLDER / "results.json"
 LIMIT_S: Final = 600.0 * PATIENCE
-"""For everything after the images are built. `make test-xen` promises ten minutes."""
+"""For everything after the images are built: what `make test-xen` may take."""
 
 Say = Callable[[str], None]
 
@@ -65,7 +65,7 @@ class Run:
         """What one stage leaves for the next."""
 
     def number(self, name: str, value: float | str | Sequence[float]) -> None:
-        """Keep a number for build/xen/results.json, which docs/xen.md quotes, and say it."""
+        """Keep a number for build/xen/results.json, and say it."""
         self.numbers[name] = value
         self.say(f"  {name} = {value}")
 
