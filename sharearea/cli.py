@@ -16,14 +16,9 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from .area.toolstack import Toolstack
-from .area.xen import remove, survey
-from .broker import Broker
-from .check import check_host
 from .common import __version__
 from .common.control import ask
 from .common.errors import HostError, NotInTime, ShareareaError, UsageError
-from .common.logs import EventLog
 from .config import BrokerConfig
 from .demo import add_arguments as add_demo_arguments
 from .demo import run as run_demo
@@ -130,6 +125,10 @@ def _config_option(parser: Any) -> None:
 
 
 def _broker(options: argparse.Namespace) -> int:
+    # What the other verbs do not need is not imported for them.
+    from .broker import Broker
+    from .common.logs import EventLog
+
     config = BrokerConfig.load(options.config)
     broker = Broker(config, EventLog("sharearea", config.log_level))
     try:
@@ -141,6 +140,8 @@ def _broker(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from .check import check_host
+
     config = BrokerConfig.load(options.config)
     findings = check_host(config)
     if options.json:
@@ -288,6 +289,9 @@ def _files(options: argparse.Namespace) -> int:
 
 
 def _area_list(options: argparse.Namespace) -> int:
+    from .area.toolstack import Toolstack
+    from .area.xen import survey
+
     areas = list(survey(Toolstack()))
     if options.json:
         _print_json(
@@ -328,6 +332,9 @@ def _area_list(options: argparse.Namespace) -> int:
 
 
 def _area_destroy(options: argparse.Namespace) -> int:
+    from .area.toolstack import Toolstack
+    from .area.xen import remove
+
     print(remove(Toolstack(), options.area, options.force))
     return 0
 

@@ -386,7 +386,7 @@ class StayPlain:
 
 @dataclass(frozen=True, slots=True)
 class DropCache:
-    """Drop the guest's own copy of these runs of a leased file. Outcome: Dropped."""
+    """Drop the guest's own copy of these runs of a leased file. Outcome: Dropped. `page_count`: of the whole file."""
 
     key: FileKey
     page_count: int
@@ -811,10 +811,13 @@ class Agent:
         other_root = version is not None and None not in (version.root, seen.root) and version.root != seen.root
         if version is not None and version.identity == seen.identity and not file.stale and not other_root:
             file.successor = None
-            if file.stage is not Stage.PLAIN or version.root is not None or not seen.page_count:
+            if version.root is not None or not seen.page_count:
                 return  # what is resident changes by itself, a content does not
-            if version.pages == seen.pages and version.root == seen.root:
-                return
+            if file.stage is Stage.PLAIN:
+                if version.pages == seen.pages and version.root == seen.root:
+                    return
+            elif seen.root is None and seen.page_count < 2 * version.page_count:
+                return  # consumers go back to the plain file for much more only: as often as it can double
         elif version is not None and file.stage is Stage.SHARED and not file.broken and not file.stale:
             if version.identity.size == seen.identity.size and not other_root:
                 # Nobody could write under the lease: times or links changed, the bytes did not.
@@ -1122,7 +1125,7 @@ class Agent:
 
     def _drop(self, file: _File) -> None:
         if file.version is not None:
-            self._act(DropCache(file.key, file.version.page_count, file.runs))
+            self._act(DropCache(file.key, -(-file.version.identity.size // wire.PAGE_SIZE), file.runs))
 
     def _leave(self, file: _File) -> None:
         """Bring every consumer of a shared file back to the plain file."""

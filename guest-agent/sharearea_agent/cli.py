@@ -16,8 +16,6 @@ from typing import Any, Final
 from .common import __version__
 from .common.control import ask
 from .common.errors import ShareareaError, UsageError
-from .common.logs import EventLog
-from .config import AgentConfig
 
 DEFAULT_CONFIG: Final = Path("/etc/sharearea/agent.toml")
 
@@ -76,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     # What the other verbs do not need is not imported for them.
+    from .common.logs import EventLog
+    from .config import AgentConfig
     from .runner import Runner
 
     config = AgentConfig.load(options.config)
@@ -89,6 +89,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _ask(options: argparse.Namespace, question: dict[str, Any]) -> dict[str, Any]:
+    from .config import AgentConfig
+
     return ask(AgentConfig.load(options.config).control_socket, question)
 
 

@@ -237,7 +237,7 @@ class Agent(Service):
             "folders": list(folders),
             "rescan_interval": "5 s",
             "settle": "100 ms",
-            "drop_interval": "500 ms",
+            "drop_interval": "3 s",
             "reconnect_max": "2 s",
         } | keys
         self.machine.put(AGENT_CONFIG, "[agent]\n" + toml(values))
