@@ -80,6 +80,7 @@ from .policy import Policy, PoolRules, Refusal, domain_name
 _PAGE = wire.PAGE_SIZE
 _FP = wire.FINGERPRINT_SIZE
 _SWEEP = 256  # contents looked at in one step of a background sweep
+_LATE_REPORTS = 10  # grace times after which a restarted broker waits for no report any more
 _ONES = bytes([0, 1]) + bytes(254)
 _OTHERS = bytes([1, 0]) + b"\1" * 254
 _PIECES = 32  # stretches of slots into which the pages of one Data message go where the area has no room in one piece
@@ -202,6 +203,7 @@ class _Pool:
     paused_until: float = 0.0
     paused_why: str = ""
     settle_at: float | None = None
+    settle_by: float = 0.0
     offers: deque[Content] = field(default_factory=deque)  # contents whose offer may have grown
     offers_at: int = 0  # index.changed when that sweep began
     offers_due: float = 0.0  # when the next one begins even if something is being published
@@ -326,6 +328,7 @@ class Engine:
                 self._unsaved.append(PoolOpened(pool.name, pool.setup.area, pool.setup.slots_per_segment))
                 continue
             pool.settle_at = now + self.settings.grace
+            pool.settle_by = now + _LATE_REPORTS * self.settings.grace
             for (domain, _), owner in record.owners.items():
                 pool.absent[domain] = now + self.settings.grace
                 pool.domids[domain] = owner.domid
@@ -1366,10 +1369,22 @@ class Engine:
             if files:
                 self._tally(pool, "pages.released", domain, files=min(_SWEEP, len(files)))
         if pool.settle_at is not None and self._now >= pool.settle_at:
-            pool.settle_at = None
-            self._save(pool.index.settle())
+            if self._now < pool.settle_by and self._awaits_reports(pool):
+                pool.settle_at = self._now + self.settings.grace / 10
+            else:
+                pool.settle_at = None
+                self._save(pool.index.settle())
         for domain in [d for d, until in pool.barred.items() if self._now >= until]:
             del pool.barred[domain]
+
+    def _awaits_reports(self, pool: _Pool) -> bool:
+        """Return whether a domain that came back has not yet reported all that it holds from before.
+
+        Its pages would count as used by nobody, and segments that are full would be emptied as thin (seen on Xen).
+        """
+        return any(
+            domain in pool.peers and file not in pool.index.domains[domain].files for domain, file in pool.index.owners
+        )
 
     def _sweep_reoffers(self, pool: _Pool) -> None:
         """Offer again what a domain was told before it was detached."""

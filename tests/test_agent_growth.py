@@ -96,3 +96,10 @@ def test_what_is_dropped_is_said_with_the_size_of_the_whole_file(known: int) -> 
     guest.now += 60
     (drop,) = [action for action in guest.feed(ag.Tick()) if isinstance(action, ag.DropCache)]
     assert (drop.page_count, sum(array("I", drop.runs)[2::3])) == (PAGES, known)
+
+
+@pytest.mark.parametrize(("known", "looked"), [(0, True), (10, True), (PAGES, False)])
+def test_a_file_that_is_opened_is_looked_at_again_unless_all_of_it_is_known(known: int, looked: bool) -> None:
+    agent = Agent(Settings("g", "1", bytes(16)), lambda: 0.5)
+    events = (ag.LinkUp(), ag.FromBroker(WELCOME), ag.Observed((seen(known),)), ag.LinkReady(), ag.Opened(1, 1, KEY))
+    assert (ag.Rescan(b"/usr/f") in agent.handle_all(events, 100.0)) is looked

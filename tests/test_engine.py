@@ -1088,6 +1088,36 @@ def test_a_restarted_broker_frees_what_nobody_comes_back_for(broker: Broker) -> 
     assert after.record().slots == {}
 
 
+@pytest.mark.parametrize("reports", [True, False])
+def test_a_restarted_broker_waits_for_the_reports_of_who_came_back(broker: Broker, reports: bool) -> None:
+    a, _ = broker.share([1, 2], "a", "b")
+    broker.say(a, wire.Attach(u32s(1)))
+    after = broker.restarted()
+    after.changes = list(broker.changes)
+    a = after.join("a", held=(1,))
+
+    def wait(seconds: int) -> None:
+        for _ in range(seconds // 10):
+            after.ticks(10)
+            for peer in list(after.engine.pools()["pool"].peers.values()):
+                after.say(peer.id, wire.Gone(b""))
+
+    def moved() -> list[wire.Message]:
+        return [withdraw for withdraw in of(after.trace, a, wire.Withdraw) if withdraw.reason == WithdrawReason.MOVING]
+
+    after.share([3], "c", "d")  # into another segment
+    wait(280)
+    after.share([4], "e", "f")
+    wait(10)
+    assert moved() == [], "its report may still be on the way: what it holds is no thin segment"
+    if reports:
+        after.bring(a, 1, [1, 2])
+    wait(20)
+    after.share([5], "g", "h")
+    wait(10)
+    assert bool(moved()) is not reports
+
+
 def test_new_slots_of_a_restarted_broker_are_in_a_new_segment(broker: Broker) -> None:
     broker.share([1, 2], "a", "b")
     after = broker.restarted()

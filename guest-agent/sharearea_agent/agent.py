@@ -935,6 +935,9 @@ class Agent:
             self._advance(file)
             if file.stage is Stage.PLAIN:
                 self._plain(file, use, self._why_plain(file))
+                if file.paths and (file.version is None or file.version.root is None):
+                    # Somebody uses it: more of it may be resident than at the last scan, and the next may be far.
+                    self._act(Rescan(next(iter(file.paths))))
 
     def _why_plain(self, file: _File) -> str:
         """Return the reason code for a file that is not shared now."""

@@ -77,7 +77,7 @@ class Runner:
         self._rescan_at: float | None = None
         self._rescan_wanted = False
         self._due_at = 0.0
-        self._touched: list[bytes] = []  # reported paths to look at besides what the watch says
+        self._touched: dict[bytes, None] = {}  # reported paths to look at besides what the watch says
         self._full_scans = 0
         self._scan_errors: dict[str, int] = {}
         self._stopping = False
@@ -401,7 +401,7 @@ class Runner:
             case agent.StartScan():
                 self._on_start_scan(action)
             case agent.Rescan():
-                self._touched.append(action.path)
+                self._touched[action.path] = None
             case agent.TakeLease():
                 self._take_lease(action)
             case agent.ReleaseLease():
@@ -600,7 +600,7 @@ class Runner:
         files = [path for host in changed.files if (path := scanner.reported_path(host)) is not None]
         folders = [path for host in changed.folders if (path := scanner.reported_path(host)) is not None]
         files += self._touched
-        self._touched = []
+        self._touched.clear()
         if files or folders:
             self._worker.work_through(self._look(files, folders))
         if now >= self._due_at:
@@ -686,7 +686,7 @@ class Runner:
 
     def _packed(self, pages: wire.Pages, begun_with: SendPages, finished: int, at: int, changed: list[bytes]) -> None:
         self._packing = False
-        self._touched += changed
+        self._touched.update(dict.fromkeys(changed))
         if not self._wanted or self._wanted[0] is not begun_with:
             return  # the link was lost meanwhile
         for _ in range(finished):

@@ -2,31 +2,31 @@
 
 Runs in dom0, whether or not a broker runs: it reads a copy of the store. Table and frames are read here with ctypes, by
 the words of Xen's public headers and not by sharearea's own code; only the store's format is the package's. Each line
-of standard input is a question, {"pool": NAME, "state": STATE_DIR}; its answer is {"ok": true, "answer": {...}} with:
+of standard input is a question, {"pool": NAME, "state": STATE_DIR, "bytes": true|false}; its answer is
+{"ok": true, "answer": {...}} with:
 
 domid     the area domain, -1 if there is none
 entries   how many entries of the table are in use (those of Xen's own, 0 to 7, aside); by domain in `by_domain`
 mapped    how many of them a domain maps at this moment
-missing   owners' pages without their entry: [domid, reference, slot], the first ten; lost: how many
-strange   entries that no owner has: [domid, reference, frame, flags], the first ten; unowned: how many
+missing   owners' pages without their entry: [reference, flags, domid, frame], the first ten; lost: how many
+strange   entries that no owner has: likewise; unowned: how many
 writable  entries that are not exactly a read-only permission: must be none
-slots     how many slots the store knows; `wrong`: those whose bytes do not have their fingerprint
-sha256    of all these slots' bytes, in their order
+slots     how many slots the store knows; `wrong`: those whose bytes do not have their fingerprint; -1 if not asked
+          for, or if the broker has changed something meanwhile
 refs      by domain, the references that owners have, ascending
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import mmap
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
 from array import array
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -96,20 +96,27 @@ def record_of(pool: str, state: Path, boot: str) -> PoolRecord | None:
         return records.get(pool)
 
 
-def owned(record: PoolRecord) -> dict[int, tuple[int, int]]:
-    """Return reference -> (domid, slot) of all owners."""
-    found: dict[int, tuple[int, int]] = {}
+def owned(record: PoolRecord) -> dict[int, int]:
+    """Return reference -> entry of all owners, an entry being a number as the table has it, without its flags."""
+    found: dict[int, int] = {}
+    pages = 0
     for owner in record.owners.values():
         runs, refs = array("I", owner.runs), array("I", owner.refs)
-        slots = [runs[i + 1] + k for i in range(0, len(runs), 3) for k in range(runs[i + 2])]
-        references = [refs[i] + k for i in range(0, len(refs), 2) for k in range(refs[i + 1])]
-        if len(slots) != len(references):
-            raise Odd(f"an owner has {len(slots)} pages and {len(references)} references")
-        for reference, slot in zip(references, slots, strict=True):
-            if reference in found:
-                raise Odd(f"reference {reference} has two owners")
-            found[reference] = (owner.domid, slot)
+        slots = chain.from_iterable(range(runs[i + 1], runs[i + 1] + runs[i + 2]) for i in range(0, len(runs), 3))
+        references = list(chain.from_iterable(range(refs[i], refs[i] + refs[i + 1]) for i in range(0, len(refs), 2)))
+        entries = [BASE_FRAME + slot << 32 | owner.domid << 16 for slot in slots]
+        if len(entries) != len(references):
+            raise Odd(f"an owner has {len(entries)} pages and {len(references)} references")
+        found.update(zip(references, entries, strict=True))
+        pages += len(entries)
+    if len(found) != pages:
+        raise Odd(f"{pages - len(found)} references have two owners")
     return found
+
+
+def parts(entry: int) -> tuple[int, int, int]:
+    """Return flags, domain and frame of an entry (struct grant_entry_v1)."""
+    return entry & 0xFFFF, entry >> 16 & 0xFFFF, entry >> 32
 
 
 def domid_of(identity: bytes) -> int:
@@ -128,7 +135,7 @@ def main() -> int:
     for line in sys.stdin:
         question = json.loads(line)
         try:
-            answer = {"ok": True, "answer": census(question["pool"], Path(question["state"]))}
+            answer = {"ok": True, "answer": census(question["pool"], Path(question["state"]), question["bytes"])}
         except (OSError, subprocess.SubprocessError, ShareareaError, Odd) as error:
             answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
         sys.stdout.write(json.dumps(answer) + "\n")
@@ -136,80 +143,71 @@ def main() -> int:
     return 0
 
 
-def census(pool: str, state: Path) -> dict[str, Any]:
+def census(pool: str, state: Path, look_at_bytes: bool) -> dict[str, Any]:
     """Count what there is of a pool."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     record = record_of(pool, state, boot)
     domid = domid_of(record.area) if record is not None else -1
     if record is None or domid < 0:
         return {"domid": -1}
-    key = load_keys(state, boot, [pool])[pool].key
-    return take(Foreign(domid), record, key)
+    foreign = Foreign(domid)
+    answer = take(foreign, record) | {"slots": 0, "wrong": -1}
+    if look_at_bytes:
+        slots, wrong = check_slots(foreign, record, load_keys(state, boot, [pool])[pool].key)
+        after = record_of(pool, state, boot)
+        if after is not None and after.slots == record.slots:
+            answer |= {"slots": slots, "wrong": wrong}
+    return answer
 
 
-def take(foreign: Foreign, record: PoolRecord, key: bytes) -> dict[str, Any]:
-    """Compare a pool's record with its area domain."""
+def take(foreign: Foreign, record: PoolRecord) -> dict[str, Any]:
+    """Compare a pool's owners with its area domain's table."""
     # How far the table has grown is the one thing that only the package's own code is asked.
     with AreaDomain(foreign.domid, BASE_FRAME) as area:
         frames = area.table()[0]
     table = foreign.table(frames)
     owners = owned(record)
-    entries: dict[int, tuple[int, int, int]] = {}
-    for reference in range(FIRST, len(table) // 8):
-        flags, domid, frame = struct.unpack_from("<HHI", table, reference * 8)
-        if flags:
-            entries[reference] = (flags, domid, frame)
-    missing = [
-        [domid, reference, slot]
-        for reference, (domid, slot) in sorted(owners.items())
-        if entries.get(reference, (0, 0, 0))[1:] != (domid, BASE_FRAME + slot)
-    ]
-    strange = [
-        [domid, reference, frame, flags]
-        for reference, (flags, domid, frame) in sorted(entries.items())
-        if owners.get(reference) != (domid, frame - BASE_FRAME)
-    ]
-    by_domain: dict[str, int] = {}
-    for _, domid, _ in entries.values():
-        by_domain[str(domid)] = by_domain.get(str(domid), 0) + 1
-    refs: dict[str, list[int]] = {}
-    for reference, (domid, _) in sorted(owners.items()):
-        refs.setdefault(str(domid), []).append(reference)
-    slots, wrong, digest = check_slots(foreign, record, key)
+    words = array("Q", table)
+    entries = {reference: words[reference] for reference in range(FIRST, len(words)) if words[reference]}
+    missing = [ref for ref, entry in owners.items() if entries.get(ref, 0) & ~0xFFFF != entry]
+    strange = [ref for ref, entry in entries.items() if entry & ~0xFFFF != owners.get(ref)]
     return {
         "domid": foreign.domid,
         "entries": len(entries),
-        "by_domain": by_domain,
-        "mapped": sum(bool(flags & (READING | WRITING)) for flags, _, _ in entries.values()),
-        "missing": missing[:10],
+        "by_domain": {domid: len(refs) for domid, refs in _by_domain(entries).items()},
+        "mapped": sum(bool(entry & (READING | WRITING)) for entry in entries.values()),
+        "missing": [[ref, *parts(owners[ref])] for ref in missing[:10]],
         "lost": len(missing),
-        "strange": strange[:10],
+        "strange": [[ref, *parts(entries[ref])] for ref in strange[:10]],
         "unowned": len(strange),
-        "writable": sum(flags & ~READING != PERMIT | READONLY for flags, _, _ in entries.values()),
-        "slots": slots,
-        "wrong": wrong,
-        "sha256": digest,
-        "refs": refs,
+        "writable": sum(entry & (0xFFFF & ~READING) != PERMIT | READONLY for entry in entries.values()),
+        "refs": {domid: sorted(refs) for domid, refs in _by_domain(owners).items()},
     }
 
 
-def check_slots(foreign: Foreign, record: PoolRecord, key: bytes) -> tuple[int, int, str]:
-    """Hash the bytes of every slot that the store knows: how many, how many are wrong, and the SHA-256 of all."""
+def _by_domain(entries: dict[int, int]) -> dict[str, list[int]]:
+    """Put references together by the domain that their entries are for."""
+    found: dict[int, list[int]] = {}
+    for reference, entry in entries.items():
+        found.setdefault(entry >> 16 & 0xFFFF, []).append(reference)
+    return {str(domid): references for domid, references in found.items()}
+
+
+def check_slots(foreign: Foreign, record: PoolRecord, key: bytes) -> tuple[int, int]:
+    """Fingerprint the bytes of every slot that the store knows: how many there are, and how many are wrong."""
     known: list[tuple[int, bytes]] = []
     for first, column in sorted(record.slots.items()):
         for i in range(len(column) // 32):
             fingerprint = column[i * 32 : i * 32 + 32]
             if any(fingerprint):
                 known.append((first + i, fingerprint))
-    digest = hashlib.sha256()
     wrong = 0
     for at in range(0, len(known), AT_ONCE):
         part = known[at : at + AT_ONCE]
         pages = foreign.read([BASE_FRAME + slot for slot, _ in part])
-        digest.update(pages)
         found, _ = fingerprint_pages(key, pages)
         wrong += sum(found[i * 32 : i * 32 + 32] != want for i, (_, want) in enumerate(part))
-    return len(known), wrong, digest.hexdigest()
+    return len(known), wrong
 
 
 if __name__ == "__main__":
