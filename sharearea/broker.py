@@ -456,7 +456,7 @@ class Broker:
 
     def _holding(self, pool: PoolId, domain: DomainId) -> dict[str, Any]:
         holding = stats.holding(self.engine.pools()[pool], domain)
-        return holding | self._memory(holding["domid"])
+        return holding | self._memory(holding["domid"]) | {"linked": self._backend.linked(holding["domid"])}
 
     def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
         now = time.monotonic()

@@ -361,16 +361,22 @@ def _detach(options: argparse.Namespace) -> int:
         console.print(f"{options.domain}: no agent is connected; its grants end with its grace time", markup=False)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("letting go", total=total)
-        taken = holding.get("taken_bytes", 0)
-        while (left or taken) and time.monotonic() < end:
+        taken, linked = holding.get("taken_bytes", 0), holding["linked"]
+        while (left or taken or linked) and time.monotonic() < end:
             time.sleep(0.1)
-            left, taken = _held(options, question)
+            left, taken, linked = _held(options, question)
             progress.update(bar, total=max(total, left), completed=max(total, left) - left)
     if taken and not left:
         raise NotInTime(
             f"{options.domain} holds nothing any more, but {_mib(taken)} of its memory were not given back within "
             f"{options.timeout:g} s: saved now, it would be restored without them",
             "look for memory.failed in the broker's log, and run this again",
+        )
+    if linked and not left:
+        raise NotInTime(
+            f"{options.domain} holds nothing any more, but its agent has not taken its rings away within "
+            f"{options.timeout:g} s: saved now, the agent would be killed in the restored guest",
+            "run this again; if that does not help, end the agent in the domain before you save it",
         )
     if left:
         raise NotInTime(
@@ -385,15 +391,15 @@ def _detach(options: argparse.Namespace) -> int:
     return 0
 
 
-def _held(options: argparse.Namespace, question: dict[str, Any]) -> tuple[int, int]:
-    """Return how many pages a domain holds, and how much memory is taken from it; a vanished one has neither."""
+def _held(options: argparse.Namespace, question: dict[str, Any]) -> tuple[int, int, bool]:
+    """Return how many pages a domain holds, how much memory is taken from it, and whether its agent has rings."""
     try:
         holding = _ask(options, {"verb": "holding", **question})
     except ShareareaError as error:
         if error.exit_code != UsageError.exit_code:
             raise
-        return 0, 0
-    return holding["held_pages"], holding.get("taken_bytes", 0)
+        return 0, 0, False  # it has vanished
+    return holding["held_pages"], holding.get("taken_bytes", 0), holding["linked"]
 
 
 def _reattach(options: argparse.Namespace) -> int:

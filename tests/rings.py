@@ -57,11 +57,19 @@ class MemoryChannel:
         self._ring.hang_up()
         self.notify()
 
+    def abandon(self) -> None:
+        """Like the end of the process, but that the other end is not told."""
+        self._closed = True
+        self._release()
+
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
         self.die()
+        self._release()
+
+    def _release(self) -> None:
         self._ring.close()
         os.close(self._ours)
         os.close(self._theirs)

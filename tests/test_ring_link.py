@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from sharearea.common.errors import Closed, PeerUnreachable, ProtocolError
 from sharearea.common.link import RECEIVE_BYTES, Link, LinkClosed, QueueFull
+from sharearea.common.native import RING_OPEN
 from sharearea.common.ring_link import RingLink
 from sharearea.common.wire import AGENT_TO_BROKER, BROKER_TO_AGENT, Data, Granted, Message, Ping, Pong, Segment
 from tests.rings import MemoryChannel, channel_pair
@@ -242,6 +243,16 @@ def lie(peer: MemoryChannel, offset: int, number: int) -> None:
     """Write a counter of the control page: left.cons 0, left.prod 4, right.cons 8, right.prod 12."""
     struct.pack_into("<I", peer.memory, offset, number)
     peer.notify()
+
+
+def test_an_abandoned_link_is_not_heard_of_again(raw: tuple[MemoryChannel, RingLink]) -> None:
+    channel, link = raw
+    link.abandon()
+    link.close()
+    assert link.closed
+    assert channel.state() == RING_OPEN
+    with pytest.raises(Closed):
+        link.receive()
 
 
 def test_a_peer_that_lies_about_its_bytes_is_told_from_one_that_left(raw: tuple[MemoryChannel, RingLink]) -> None:

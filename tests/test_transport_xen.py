@@ -19,7 +19,7 @@ from sharearea.common.ring_link import Channel, RingLink
 from sharearea.common.wire import AGENT_TO_BROKER, BROKER_TO_AGENT, Ping, Pong
 from sharearea.common.xenstore import XenStore, XenStoreLost
 from sharearea.model import Identity
-from sharearea.transport.xen import NODE, Arrived, DomainGone, ListenerEvent, Unreachable, XenListener
+from sharearea.transport.xen import DETACHED, NODE, Arrived, DomainGone, ListenerEvent, Unreachable, XenListener
 from tests.rings import MemoryChannel, channel_pair
 from tests.xenstored import FakeXenstored
 
@@ -221,6 +221,25 @@ def test_a_domain_that_ends_takes_its_link_along(host: Host, keep_nodes: bool) -
         link.receive()
     assert host.events() == []
     assert host.listener.domains() == {}
+
+
+def test_a_domain_that_is_parted_has_no_link_until_it_is_met_again(host: Host) -> None:
+    host.offer(3)
+    link = arrived(host.events(1)).link
+    assert host.listener.offers(3)
+    host.listener.part(3)
+    host.listener.part(77)  # there is none
+    assert host.server.nodes[f"/local/domain/3/{DETACHED}"] == "1"
+    with pytest.raises(LinkClosed, match="detached"):
+        link.receive()
+    link.close()
+    host.offer(3)  # an agent that does not look
+    assert host.events() == []
+    host.listener.meet(3)
+    assert f"/local/domain/3/{DETACHED}" not in host.server.nodes
+    arrived(host.events(1))
+    host.server.remove(f"/local/domain/3/{NODE}/event-channel")
+    assert not host.listener.offers(3)
 
 
 def test_a_domain_that_ends_unheard_is_missed_by_the_census(host: Host) -> None:

@@ -28,6 +28,7 @@ GUEST_TYPE: Final = Path("/sys/hypervisor/guest_type")
 SHUTDOWN: Final = "control/shutdown"
 
 _CONNECT_TIMEOUT_S: Final = 2.0
+SUSPEND_S: Final = 10.0  # after a suspend was announced; none that comes is announced earlier
 _AGAIN_S: Final = 30.0  # between two tries to watch xenstore again: each may wait for a xenstored that hangs
 
 
@@ -104,6 +105,8 @@ class RingConnector:
         self._control: XenStore | None = None  # a connection of its own: the rendezvous reads the events of its one
         self._registered: tuple[int, ...] = ()
         self._offered = False  # rings that nobody has taken
+        self._held = False  # connect() waits until rings may be made
+        self._suspended_until = 0.0
         self._link: RingLink | None = None
         self._domid = -1
         self._again_at = 0.0
@@ -114,13 +117,23 @@ class RingConnector:
         try:
             rendezvous = self._open()
             self._unregister()  # of rings that may be closed by this
-            rendezvous.publish()
+            self._offer(rendezvous)
         except ShareareaError:
             self._drop()
             raise
-        self._offered, self._domid = True, rendezvous.domid
+        self._domid = rendezvous.domid
         self._register()
         return None
+
+    def _offer(self, rendezvous: XenRendezvous) -> None:
+        """Make rings, or see to it that there are none: they must not be there when this guest is saved."""
+        self._offered = False
+        self._held = time.monotonic() < self._suspended_until or rendezvous.detached()
+        if self._held:
+            rendezvous.withdraw()
+        else:
+            rendezvous.publish()
+            self._offered = True
 
     def _open(self) -> XenRendezvous:
         if self._rendezvous is None:
@@ -154,7 +167,10 @@ class RingConnector:
             if rendezvous.restored():
                 failure = "this domain goes on as another one"
                 self._link, self._domid = None, rendezvous.domid
+                self._suspended_until = 0.0
                 self._restored()
+            elif self._held:
+                self._offer(rendezvous)
             elif self._offered:
                 link = rendezvous.accept()
         except PeerUnreachable as error:
@@ -167,8 +183,8 @@ class RingConnector:
         if link is not None:
             self._offered, self._link = False, link
             self._arrived(link)
-        elif failure and self._offered:
-            self._offered = False
+        elif failure and (self._offered or self._held):
+            self._offered = self._held = False
             self._lost(failure)
 
     def _forget(self) -> None:
@@ -186,13 +202,21 @@ class RingConnector:
         try:
             control.events()
             if control.read(SHUTDOWN) == "suspend":
-                self._suspending()
+                self._suspended_until = time.monotonic() + SUSPEND_S
+                self._suspending()  # closes the link
+                if self._offered and self._rendezvous is not None:
+                    self._unregister()
+                    self._offer(self._rendezvous)
+                    self._register()
         except ShareareaError:
             self._drop_control()  # the next connect() opens another one
 
     def check(self) -> None:
         """Look for events that were read along with an answer, and for a broker that died without a sign."""
-        if self._xenstore is not None and self._xenstore.has_events:
+        resumed = self._held and 0 < self._suspended_until <= time.monotonic()
+        if resumed:
+            self._suspended_until = 0.0
+        if resumed or (self._xenstore is not None and self._xenstore.has_events):
             self._ready()
         if self._control is not None and self._control.has_events:
             self._on_control()
@@ -218,7 +242,7 @@ class RingConnector:
 
     def _drop(self) -> None:
         self._unregister()
-        self._offered = False
+        self._offered = self._held = False
         self._forget()
 
     def _drop_control(self) -> None:

@@ -31,8 +31,9 @@ from .common.control import ControlServer
 from .common.errors import HostError, NativeError, ProtocolError, ShareareaError, UsageError
 from .common.link import Link, LinkClosed, QueueFull
 from .common.logs import EventLog
+from .common.ring_link import RingLink
 from .config import BACKEND_XEN, AgentConfig
-from .connect import Connector, RingConnector, SocketConnector, guest_kind
+from .connect import SUSPEND_S, Connector, RingConnector, SocketConnector, guest_kind
 from .consumers import ConsumerHub, Credentials
 from .mapper import GUEST_PV, LocalMapper, Mapper, XenMapper
 from .scan import Counters, Pass, Run, Scanner, ScanSettings, runs_of, vanished
@@ -45,7 +46,6 @@ _CUT_OFF_S: Final = 2.0  # at the end, for what follows when consumers that hang
 _MEMORY_S: Final = 1.0  # between two looks at the guest's memory
 _OWN_MEMORY_S: Final = 10.0  # between two looks at our own
 _DUE_S: Final = 1.0  # between two looks at files that were too young to be trusted
-_SUSPEND_S: Final = 10.0  # after a suspend was announced; none that comes is announced earlier
 
 
 class Runner:
@@ -309,13 +309,14 @@ class Runner:
     def _on_suspending(self) -> None:
         """Have consumers let go at once. The kernel stops us soon, and there is no word of when it has."""
         self._events.append(agent.Suspending())
-        self._resume_at = time.monotonic() + _SUSPEND_S
+        self._lose_link("this domain is about to be suspended")  # at once: nobody may close it afterwards
+        self._resume_at = time.monotonic() + SUSPEND_S
         self.log.event("domain.suspending", attached_files=self.agent.status()["attached_files"])
 
     def _on_restored(self) -> None:
         """Nothing of what the domain was before is worth anything: neither grants nor the link."""
         self._events.append(agent.Suspending())
-        self._lose_link("this domain goes on as another one")
+        self._lose_link("this domain goes on as another one", abandon=True)
         self._events.append(agent.Resumed())
         self._resume_at = None
         self.log.event("domain.restored", attached_files=self.agent.status()["attached_files"])
@@ -370,16 +371,19 @@ class Runner:
         if self._selector.get_key(link).events != events:
             self._selector.modify(link, events, self._on_link)
 
-    def _lose_link(self, why: str) -> None:
+    def _lose_link(self, why: str, *, abandon: bool = False) -> None:
         if self._link is not None:
-            self._hang_up()
+            self._hang_up(abandon=abandon)
             self._events.append(agent.LinkDown(why))
 
-    def _hang_up(self) -> None:
-        assert self._link is not None
-        self._selector.unregister(self._link)
-        self._link.close()
-        self._link = None
+    def _hang_up(self, *, abandon: bool = False) -> None:
+        link, self._link = self._link, None
+        assert link is not None
+        self._selector.unregister(link)
+        if abandon and isinstance(link, RingLink):
+            link.abandon()
+        else:
+            link.close()
         self._wanted.clear()
         self._wanted_at = 0
 

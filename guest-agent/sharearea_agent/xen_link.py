@@ -20,10 +20,14 @@ from .common.xenstore import XenStore, XenStoreError
 NODE: Final = "data/sharearea"
 RING_REF: Final = f"{NODE}/ring-ref"
 EVENT_CHANNEL: Final = f"{NODE}/event-channel"
+DETACHED: Final = f"{NODE}/detached"
+"""The broker's: as long as it is there, no rings are made. An event channel must not be bound when the guest is saved:
+who closes it afterwards is killed (Vchan.abandon)."""
 BROKER_DOMID: Final = 0
 MAX_QUEUE_BYTES: Final = 16 << 20
 
-_TOKEN: Final = "domid"
+_DOMID: Final = "domid"  # tokens of watches
+_DETACHED: Final = "detached"
 
 
 class XenRendezvous:
@@ -50,7 +54,8 @@ class XenRendezvous:
         self.domid = self._read_domid()
         """This domain's number, as far as is known."""
         # The kernel sets watches anew in a restored guest, and each then reports once.
-        xenstore.watch("domid", _TOKEN)
+        xenstore.watch("domid", _DOMID)
+        xenstore.watch(DETACHED, _DETACHED)
 
     def filenos(self) -> tuple[int, ...]:
         """Return what to wait for, to be readable: xenstore's descriptor, and that of rings that nobody has taken."""
@@ -70,6 +75,10 @@ class XenRendezvous:
             vchan.close()
             raise
         self._vchan = vchan
+
+    def detached(self) -> bool:
+        """Tell whether the broker wants no rings here now: it does until it says otherwise, or as another domain."""
+        return self._xenstore.read(DETACHED) is not None
 
     def _put(self, path: str, number: int) -> None:
         self._xenstore.write(path, str(number))
@@ -110,7 +119,10 @@ class XenRendezvous:
         if domid == self.domid:
             return False
         self.domid = domid
-        self._drop()  # the old node is another domain's by now
+        # The old node is another domain's by now, and the event channel is not to be touched.
+        vchan, self._vchan = self._vchan, None
+        if vchan is not None:
+            vchan.abandon()
         return True
 
     def _read_domid(self) -> int:
@@ -135,7 +147,8 @@ class XenRendezvous:
         """Withdraw, as far as xenstore answers, and end the watch. A link that accept() returned stays."""
         with contextlib.suppress(XenStoreError):
             self.withdraw()
-            self._xenstore.unwatch("domid", _TOKEN)
+            self._xenstore.unwatch("domid", _DOMID)
+            self._xenstore.unwatch(DETACHED, _DETACHED)
         self._drop()
 
     def __enter__(self) -> Self:

@@ -76,6 +76,10 @@ class Backend(Protocol):
         """Return the memory target of a Xen domain whose memory is looked after, None for every other."""
         ...
 
+    def linked(self, domid: int) -> bool:
+        """Tell whether a Xen domain has something of a link that must not be there when it is saved."""
+        ...
+
     def close(self) -> None:
         """Let go of everything in this process."""
         ...

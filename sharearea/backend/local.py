@@ -108,6 +108,10 @@ class LocalBackend:
             self._accept_at = None
         return [], []
 
+    def linked(self, domid: int) -> bool:  # noqa: ARG002 # of the protocol
+        """Nothing here is saved."""
+        return False
+
     def memory(self, domid: int) -> None:
         """Nothing: no memory is taken from anybody."""
 

@@ -13,7 +13,7 @@ from ..area.xen import XenArea
 from ..balloon import Balloon, Change, Memory, claims
 from ..common.errors import HostError, NativeError
 from ..common.logs import EventLog
-from ..common.xenstore import XenStore, XenStoreError
+from ..common.xenstore import XenStore, XenStoreError, XenStoreLost
 from ..config import BrokerConfig
 from ..grants import GrantLimits
 from ..model import (
@@ -29,6 +29,7 @@ from ..model import (
     WriteGrants,
 )
 from ..policy import PoolRules, domain_name
+from ..stats import holding
 from ..transport import xen
 from ..transport.xen import ListenerEvent
 from .base import Arrival, Opened, bytes_differ, unusable
@@ -52,6 +53,7 @@ class XenBackend:
         self._check_at = 0.0
         self._look_at = 0.0
         self._suspect = False  # a call said that an area domain may be gone
+        self._parted: set[int] = set()  # domains that are detached and hold nothing any more
 
     def fileno(self) -> int:
         """Return xenstore's descriptor: watches tell of domains and their rings."""
@@ -100,6 +102,8 @@ class XenBackend:
 
     def found(self, records: Iterable[PoolRecord]) -> Iterable[Event]:
         """Say which owners' domains are no more, or are others under the same number; see what is lowered."""
+        for domid in self._listener.domains():
+            self._listener.meet(domid)  # whom a broker before us detached, this one does not know
         self._say(self._balloon.open(self._living().values()))
         there = {domid: domain_name(domain.identity) for domid, domain in self._listener.domains().items()}
         owners = {(owner.domid, owner.domain) for record in records for owner in record.owners.values()}
@@ -134,11 +138,36 @@ class XenBackend:
     def tick(self, now: float, pools: Mapping[PoolId, Any]) -> tuple[list[Arrival | Event], list[PoolId]]:
         """See whether links and area domains are alive; keep memory targets where they should be."""
         self._reclaim(now, pools)
+        self._part(pools)
         if now < self._check_at and not self._suspect:
             return [], []
         self._check_at, self._suspect = now + _CHECK_S, False
         events = self._translated(self._listener.check())
         return events, [name for name, area in self._areas.items() if area.domid is not None and not area.alive()]
+
+    def _part(self, pools: Mapping[PoolId, Any]) -> None:
+        """Hang up on detached domains that hold nothing any more; be there again for those that are detached no more.
+
+        Linux forgets a user's event channels when a guest is restored, and kills who closes one then.
+        """
+        detached = {domid for pool in pools.values() for domid in pool.detached.values() if domid}
+        try:
+            for pool in pools.values():
+                for domain, domid in pool.detached.items():
+                    if domid and domid not in self._parted and not holding(pool, domain)["held_pages"]:
+                        self._listener.part(domid)
+                        self._parted.add(domid)
+            for domid in self._parted - detached:
+                self._listener.meet(domid)
+                self._parted.discard(domid)
+        except XenStoreLost:
+            raise
+        except XenStoreError:
+            pass  # the next tick goes on
+
+    def linked(self, domid: int) -> bool:
+        """Tell whether a domain's agent has rings and an event channel, taken or not."""
+        return self._listener.offers(domid)
 
     def _reclaim(self, now: float, pools: Mapping[PoolId, Any]) -> None:
         if now >= self._look_at and self._balloon.due(now):

@@ -948,6 +948,17 @@ class Vchan(_Owned):
         _call("sa_vchan_connect", domid, ring_ref, port, ret)
         return cls(ret[0], lib.sa_vchan_destroy)
 
+    def abandon(self) -> None:
+        """Use it no more, and leave mappings and descriptors as they are until the process ends. Twice is fine.
+
+        For a guest that was restored: Linux (6.1, drivers/xen/evtchn.c, evtchn_unbind_from_user) has forgotten its
+        event channels, and kills who closes one (seen: BUG in evtchn_release).
+        """
+        with self._lock:
+            pointer, self._pointer = self._pointer, None
+            if pointer is not None:
+                ffi.gc(pointer, None)
+
     @property
     def ring_ref(self) -> int:
         """The grant reference of the control page."""

@@ -13,7 +13,7 @@ import os
 import select
 import selectors
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Final, Protocol, Self
 
@@ -48,6 +48,9 @@ class Channel(Protocol):
 
     def close(self) -> None:
         """Tell the peer and let go."""
+
+    def abandon(self) -> None:
+        """Use it no more, and touch nothing of it."""
 
 
 class RingLink:
@@ -286,11 +289,18 @@ class RingLink:
 
     def close(self) -> None:
         """Tell the other end and let everything go. Twice is fine."""
+        self._let_go(self._channel.close)
+
+    def abandon(self) -> None:
+        """Let go without a word, and without touching the channel (Vchan.abandon): this guest was restored."""
+        self._let_go(self._channel.abandon)
+
+    def _let_go(self, end: Callable[[], None]) -> None:
         if self._epoll.closed:
             return
         self._epoll.close()
         os.close(self._kick)
-        self._channel.close()
+        end()
         self._queue.clear()
         self._queued_bytes = 0
 

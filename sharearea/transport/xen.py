@@ -32,6 +32,8 @@ MAX_QUEUE_BYTES: Final = 8 * MAX_FRAME
 
 NODE: Final = "data/sharearea"
 """Where an agent writes `ring-ref` and `event-channel`, below its domain's node: libxenvchan's names."""
+DETACHED: Final = f"{NODE}/detached"
+"""As long as the broker has this there, the agent makes no rings: a guest must not be saved with an event channel."""
 
 _LOOK_S: Final = 0.25  # between two looks at one domain's node
 _EVENTS: Final = 64  # changes of its node in _EVENTS_S, and a domain is not listened to for _DEAF_S
@@ -108,6 +110,7 @@ class _Seen:
     changes_since: float = 0.0
     deaf_until: float | None = None  # not watched until then
     say_at: float = 0.0  # no Unreachable before
+    parted: bool = False  # part() was called for it
 
 
 class XenListener:
@@ -267,6 +270,8 @@ class XenListener:
             # One agent for each domain: a second one waits for the first to end. Of one that has ended, its link is to
             # be closed first, so that nobody ever has two links of a domain.
             return seen.link.alive()
+        if seen.parted:
+            return True
         domain = self._read_domain(seen.domid)
         try:
             channel = self._connect(seen.domid, ring_ref, port)
@@ -296,6 +301,32 @@ class XenListener:
         if now >= seen.say_at:
             seen.say_at = now + _SAY_S
             self._events.append(Unreachable(seen.domid, why))
+
+    def part(self, domid: int) -> None:
+        """End the link with a domain until meet(): its agent is to hold neither rings nor an event channel (DETACHED).
+
+        Raises XenStoreError. Nothing happens for a domain that is not there.
+        """
+        seen = self._seen.get(domid)
+        if seen is None or seen.parted:
+            return
+        path = f"/local/domain/{domid}/{DETACHED}"
+        self._xenstore.write(path, "1")
+        self._xenstore.set_permissions(path, "n0", f"r{domid}")
+        seen.parted = True
+        if seen.link is not None:
+            seen.link.lose("the domain is detached")
+
+    def meet(self, domid: int) -> None:
+        """End what part() began, also what a broker before us began. Raises XenStoreError."""
+        seen = self._seen.get(domid)
+        if seen is not None:
+            seen.parted = False
+            self._xenstore.remove(f"/local/domain/{domid}/{DETACHED}")
+
+    def offers(self, domid: int) -> bool:
+        """Tell whether a domain has rings, taken or not. Raises XenStoreError."""
+        return self._xenstore.read(f"/local/domain/{domid}/{NODE}/event-channel") is not None
 
     # ------------------------------------------------------------------------------------------------------ domains
 

@@ -168,7 +168,7 @@ def take(foreign: Foreign, record: PoolRecord) -> dict[str, Any]:
     table = foreign.table(frames)
     owners = owned(record)
     words = array("Q", table)
-    entries = {reference: words[reference] for reference in range(FIRST, len(words)) if words[reference]}
+    entries = {reference: words[reference] for reference in range(FIRST, len(words)) if words[reference] & 0xFFFF}
     missing = [ref for ref, entry in owners.items() if entries.get(ref, 0) & ~0xFFFF != entry]
     strange = [ref for ref, entry in entries.items() if entry & ~0xFFFF != owners.get(ref)]
     return {
