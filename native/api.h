@@ -255,7 +255,7 @@ void sa_tally_destroy(sa_tally *tally); /* NULL is fine */
 /* One file after the other: begin, any number of feeds and holes in the file's order, end. Program headers are looked
  * for in the first feed, if no hole came before it. A last, short page is padded with zeros. abandon in place of end
  * drops the short page; whole pages that were fed stay counted. After another error than -EINVAL, or one of reading in
- * feed_fd, the tally is of no use any more: -ENOSPC and the like are of the caller's file. */
+ * feed_fd, the tally is of no use any more; -ENOSPC: the caller's file cannot be written. */
 int sa_tally_begin(sa_tally *tally, uint32_t root, uint32_t file);
 int sa_tally_feed(sa_tally *tally, const uint8_t *data, size_t size);
 int sa_tally_hole(sa_tally *tally, uint64_t size); /* zero bytes that nobody has to read */

@@ -254,9 +254,10 @@ static int flush_block(sa_tally *tally, struct part *part)
 		part->blocks = blocks;
 		part->room = room;
 	}
+	/* Whatever goes wrong with the caller's file is said in one way, which no file that is read gives. */
 	error = write_all(tally->fd, part->block, bytes, tally->nblocks * bytes);
 	if (error)
-		return error;
+		return -ENOSPC;
 	part->blocks[part->nblocks++] = tally->nblocks++;
 	part->nrecords = 0;
 	return 0;
