@@ -17,7 +17,7 @@ from ..common.errors import HostError, UsageError
 from .intake import Piece, Stretch, Unreadable, reason_of
 
 CHUNK: Final = 1 << 20  # bytes that are read together
-_SLACK: Final = 1 << 16  # what a library may want past an end, because it reads whole clusters
+_SLACK: Final = 1 << 16  # of btrfs, which is read by so much
 _MOST_BACKING: Final = 16  # images behind an image
 QCOW2_MAGIC: Final = b"QFI\xfb"
 
@@ -97,14 +97,15 @@ class Volume:
     """A stretch of a disk as the libraries want it: an object to seek in and to read.
 
     It never returns fewer bytes than it was asked for, which they would not notice: past the end of what is there it
-    gives zeros, up to what a whole cluster more may be, and EOFError beyond.
+    gives zeros, up to slack bytes, which is what a library may want because it reads whole clusters; EOFError beyond.
     """
 
-    def __init__(self, reader: Reader, offset: int, size: int, start: bytes = b"") -> None:
+    def __init__(self, reader: Reader, offset: int, size: int, start: bytes = b"", slack: int = _SLACK) -> None:
         self.reader = reader
         self.offset = offset
         self.size = size
         self._start = start  # in place of what is there
+        self._slack = slack
         self._at = 0
 
     def seek(self, at: int, whence: int = os.SEEK_SET) -> int:
@@ -120,17 +121,17 @@ class Volume:
         """Read on from there."""
         if size < 0:
             size = max(0, self.size - self._at)
-        data = self.read_at(self._at, size)
+        data = self.read_at(self._at, size, self._slack)
         self._at += size
         return data
 
-    def read_at(self, at: int, size: int) -> bytes:
-        """Read at an offset."""
+    def read_at(self, at: int, size: int, slack: int = 0) -> bytes:
+        """Read at an offset; all of it is there, but for slack bytes."""
         data = self.reader.read_at(self.offset + at, size) if at < self.size else b""
         if at + len(data) > self.size:
             data = data[: self.size - at]
         if len(data) < size:
-            if size - len(data) > _SLACK or not data:
+            if size - len(data) > slack or not data:
                 raise EOFError(f"there is nothing at byte {at + len(data)}: the image is cut off, or damaged")
             data += bytes(size - len(data))
         if at < len(self._start):
@@ -232,7 +233,9 @@ def open_qcow2(path: Path, files: list[DiskFile], depth: int = 0) -> Reader:
     if version == 2:
         struct.pack_into(">QQQII", patched, 72, 0, 0, 0, 4, 112)
         patched[104:112] = bytes(8)
-    qcow2 = libraries().qcow2.QCow2(Volume(file, 0, file.size, bytes(patched)))
+    # A disk that ends inside a cluster may have less of it in the file; a packed cluster is read by sectors.
+    slack = 1 << cluster_bits if size % (1 << cluster_bits) else 511
+    qcow2 = libraries().qcow2.QCow2(Volume(file, 0, file.size, bytes(patched), slack))
     if backing is not None:
         qcow2.backing_file = _Backed(backing)
     return StreamReader(qcow2.open(), size)

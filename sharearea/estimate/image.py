@@ -175,12 +175,14 @@ class Image:
                 continue
             intake.leave_out(name, f"not read: {what}")
         taken = 0
+        reasons: list[str] = []
         for name, kind, volume in self._volumes:
             try:
                 system = KINDS[kind](volume)
             except ShareareaError:
                 raise
             except Exception as error:
+                reasons.append(f"{name or kind}: {reason_of(error)}")
                 intake.leave_out(name, f"this {kind} file system cannot be read: {reason_of(error)}")
                 continue
             if system.size > volume.reader.size - volume.offset:
@@ -193,11 +195,15 @@ class Image:
             tree = _Tree(system, volume, self._work)
             try:
                 _read_system(system, tree, name, intake)
+                taken += 1
+            except Unreadable as error:
+                reasons.append(f"{name or kind}: {error}")
+                intake.leave_out(name, f"this {kind} file system cannot be read: {error}")
             finally:
                 tree.close()
-            taken += 1
         if not taken:
-            raise Unreadable("none of its file systems can be read")
+            reasons += [f"{name}: {what}" for name, what in self._others]
+            raise Unreadable(f"none of its file systems is: {'; '.join(reasons)}")
 
 
 def _kind(volume: Volume) -> str | None:
@@ -303,7 +309,10 @@ def _logical_volumes(physical: list[Volume], others: list[tuple[str, str]]) -> I
 
 
 def _read_system(system: FileSystem, tree: _Tree, name: str, intake: Intake) -> None:
-    """Hand over one file system's files. name: of its volume; paths are shown behind it."""
+    """Hand over one file system's files. name: of its volume; paths are shown behind it.
+
+    Raises Unreadable if not even its root folder can be read.
+    """
     before = f"{name}: " if name else ""
     intake.packages = Packages()
     try:
@@ -317,8 +326,7 @@ def _read_system(system: FileSystem, tree: _Tree, name: str, intake: Intake) -> 
     try:
         waiting = [("", system.root())]
     except Exception as error:
-        intake.leave_out(name, f"this file system cannot be read: {reason_of(error)}")
-        return
+        raise Unreadable(reason_of(error)) from None
     while waiting:
         path, node = waiting.pop()
         if node.key in seen:
@@ -334,6 +342,8 @@ def _read_system(system: FileSystem, tree: _Tree, name: str, intake: Intake) -> 
         except ShareareaError:
             raise
         except Exception as error:
+            if not path:
+                raise Unreadable(f"its root folder: {reason_of(error)}") from None
             intake.leave_out(before + path, f"this folder cannot be read: {reason_of(error)}")
             continue
         for child, entry in found:

@@ -97,6 +97,8 @@ class Ext:
         """Yield names and nodes. The library's own loop misses an entry of 12 bytes at the end of a folder."""
         if folder.handle.inode.i_flags & self._INLINE:
             own, more = self._inline(folder)
+            if len(own) + len(more) < folder.size:
+                raise Unreadable("not all of this inline folder was found")
             blocks: Iterable[bytes] = (own[4:], more)  # the number of the folder above comes first
         else:
             blocks = self._blocks(folder)
