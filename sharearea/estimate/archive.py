@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO, Any, Final, cast
 
 from ..common.errors import HostError, UsageError
-from .intake import Hole, Intake, Piece, Stretch, Unreadable, reason_of
-from .packages import DPKG_INFO, RPM_FOLDERS, RPM_SQLITE
+from .intake import Hole, Intake, Piece, Stretch, Unreadable, keep, reason_of
+from .packages import DPKG_INFO, MOST_DATABASE, RPM_FOLDERS, RPM_SQLITE
 
 _CHUNK: Final = 1 << 20
 _DATABASE: Final = re.compile(
@@ -168,11 +168,11 @@ class Archive:
 
     def _pieces(self, member: tarfile.TarInfo, path: str) -> Iterator[Piece]:
         """Yield a member's bytes; databases of packages are kept as they pass."""
-        kept = _DATABASE.fullmatch(path)
-        place: IO[bytes] | None = None
+        kept = _DATABASE.fullmatch(path) if member.size <= MOST_DATABASE else None
+        place: Any = None
         parts: list[bytes] = []
         if kept and path.endswith(RPM_SQLITE):
-            place = tempfile.TemporaryFile(dir=self._work)  # noqa: SIM115
+            place = tempfile.NamedTemporaryFile(prefix="sharearea-estimate-", dir=self._work)  # noqa: SIM115
         done = 0
         at = member.offset_data
         sparse: list[tuple[int, int]] = list(getattr(member, "sparse", None) or [(0, member.size)])
@@ -182,7 +182,7 @@ class Archive:
             if self._compressed or kept:
                 for part in self._read(at, size):
                     if place is not None:
-                        place.write(part)
+                        keep(place, part)
                     elif kept:
                         parts.append(part)
                     yield part
@@ -191,7 +191,6 @@ class Archive:
             at += size
             done = max(done, offset + size)
         if place is not None:
-            place.flush()
             self._kept[path] = place
         elif kept:
             self._kept[path] = b"".join(parts)
@@ -244,7 +243,8 @@ class KeptTree:
         data = self._files.get(path)
         return data if isinstance(data, bytes) and len(data) <= limit else None
 
-    def database(self, path: str) -> str | None:
-        """Return where sqlite finds this file."""
+    @contextlib.contextmanager
+    def database(self, path: str) -> Iterator[str | None]:
+        """Give where sqlite finds this file."""
         file = self._files.get(path)
-        return f"/proc/self/fd/{file.fileno()}" if file is not None and not isinstance(file, bytes) else None
+        yield file.name if file is not None and not isinstance(file, bytes) else None

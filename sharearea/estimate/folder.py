@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -106,10 +108,11 @@ class FolderTree:
             return None
         return data if data is None or len(data) <= limit else None
 
-    def database(self, path: str) -> str | None:
-        """Return where sqlite finds this file."""
+    @contextmanager
+    def database(self, path: str) -> Iterator[str | None]:
+        """Give where sqlite finds this file."""
         place = self._inside(path)
-        return place if place is not None and os.path.isfile(place) and os.access(place, os.R_OK) else None
+        yield place if place is not None and os.path.isfile(place) and os.access(place, os.R_OK) else None
 
     def _inside(self, path: str) -> str | None:
         place = os.path.realpath(f"{self._root}/{path}")

@@ -9,16 +9,16 @@ Bytes of files go from a raw image to the tally without passing through Python.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from ..common.errors import ShareareaError, UsageError
 from .disk import CHUNK, QCOW2_MAGIC, DiskFile, StreamReader, Volume, libraries, open_file, open_qcow2
-from .intake import Hole, Intake, Piece, Stretch, Unreadable, reason_of
-from .packages import Packages
+from .intake import Hole, Intake, Piece, Stretch, Unreadable, keep, reason_of
+from .packages import MOST_DATABASE, Packages
 from .systems import KINDS, FileSystem, Node
 
 _NOT_READ: Final = (  # offset, magic, and what it is of
@@ -51,13 +51,7 @@ class _Tree:
         self._system = system
         self._volume = volume
         self._work = work
-        self._opened: list[int] = []
         self._folders: dict[str, dict[str, Node]] = {}
-
-    def close(self) -> None:
-        """Close what was copied."""
-        while self._opened:
-            os.close(self._opened.pop())
 
     def _children(self, path: str) -> dict[str, Node]:
         found = self._folders.get(path)
@@ -81,11 +75,13 @@ class _Tree:
         except Exception:
             return []
 
-    def _bytes(self, path: str) -> Iterator[bytes]:
+    def _bytes(self, path: str, limit: int) -> Iterator[bytes]:
         above, _, name = path.rpartition("/")
         node = self._children(above).get(name)
         if node is None or node.kind != "file" or self._system.skips(node):
             raise Unreadable("there is no such file")
+        if node.size > limit:
+            raise Unreadable("it is too long")
         left = node.size
         for piece in self._system.pieces(node):
             size = piece.size if isinstance(piece, Hole | Stretch) else len(piece)
@@ -104,31 +100,26 @@ class _Tree:
 
     def read(self, path: str, limit: int) -> bytes | None:
         """Return a file's bytes; None if there is no such file, or it is longer than limit, or cannot be read."""
-        parts = bytearray()
         try:
-            for part in self._bytes(path):
-                parts += part
-                if len(parts) > limit:
-                    return None
+            return b"".join(self._bytes(path, limit))
         except ShareareaError:
             raise
         except Exception:
             return None
-        return bytes(parts)
 
-    def database(self, path: str) -> str | None:
-        """Copy a file to where sqlite finds it, until close()."""
-        with tempfile.TemporaryFile(dir=self._work) as file:
+    @contextmanager
+    def database(self, path: str) -> Iterator[str | None]:
+        """Give a copy of a file where sqlite finds it."""
+        with tempfile.NamedTemporaryFile(prefix="sharearea-estimate-", dir=self._work) as file:
             try:
-                for part in self._bytes(path):
-                    file.write(part)
+                for part in self._bytes(path, MOST_DATABASE):
+                    keep(file, part)
             except ShareareaError:
                 raise
             except Exception:
-                return None
-            file.flush()
-            self._opened.append(os.dup(file.fileno()))
-        return f"/proc/self/fd/{self._opened[-1]}"
+                yield None
+            else:
+                yield file.name
 
 
 # ------------------------------------------------------------------------------------------------------------- image
@@ -199,8 +190,6 @@ class Image:
             except Unreadable as error:
                 reasons.append(f"{name or kind}: {error}")
                 intake.leave_out(name, f"this {kind} file system cannot be read: {error}")
-            finally:
-                tree.close()
         if not taken:
             reasons += [f"{name}: {what}" for name, what in self._others]
             raise Unreadable(f"none of its file systems is: {'; '.join(reasons)}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import IO, Final, Protocol
 
-from ..common.errors import NativeError
+from ..common.errors import HostError, NativeError
 from ..common.native import Tally
 from .figures import NO_PACKAGE, LeftOut
 from .packages import Packages
@@ -114,6 +114,7 @@ class Intake:
         left = size
         tally.begin(self._root, self._number(path))
         try:
+            # To their end, even if the file is full: whoever gives them may have something to do after the last one.
             for piece in pieces:
                 if isinstance(piece, Hole):
                     taken = min(piece.size, left)
@@ -126,8 +127,6 @@ class Intake:
                     tally.feed(memoryview(piece)[:taken])
                     self._told(0, taken)
                 left -= taken
-                if not left:
-                    break
             tally.hole(left)
         except (Unreadable, NativeError) as error:
             tally.abandon()
@@ -186,6 +185,17 @@ class Intake:
     def note(self, text: str) -> None:
         """Say something about this root that a reader of the figures should know."""
         self._ledger.notes.append(f"{self.name}: {text}")
+
+
+def keep(file: IO[bytes], data: bytes) -> None:
+    """Add to a file in the work folder. Raises HostError if it cannot be written."""
+    try:
+        file.write(data)
+        file.flush()
+    except OSError as error:
+        raise HostError(
+            f"{file.name}: cannot be written: {reason_of(error)}", "give --work-dir a folder with more room"
+        ) from None
 
 
 def reason_of(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sqlite3
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from typing import Final, Protocol
 
 DPKG_INFO: Final = "var/lib/dpkg/info"
@@ -20,6 +20,7 @@ RPM_FOLDERS: Final = ("usr/lib/sysimage/rpm", "var/lib/rpm")
 RPM_SQLITE: Final = "rpmdb.sqlite"
 RPM_OTHERS: Final = ("Packages", "Packages.db")
 _LIST_BYTES: Final = 64 << 20  # longer lists are not read; the longest of Debian has 2 MiB
+MOST_DATABASE: Final = 2 << 30  # bytes of an rpm database that is copied to be read; Fedora's have 0.3 GiB
 _HEADER_BYTES: Final = 256 << 20  # rpm's own bound for a header
 
 
@@ -32,8 +33,8 @@ class Tree(Protocol):
     def read(self, path: str, limit: int) -> bytes | None:
         """Return a file's bytes; None if there is no such file, or it is longer than limit, or cannot be read."""
 
-    def database(self, path: str) -> str | None:
-        """Return the name of a file that sqlite can open, with the bytes of this one; None if there is none."""
+    def database(self, path: str) -> AbstractContextManager[str | None]:
+        """Give the name of a file that sqlite can open, with the bytes of this one; None if it cannot be read."""
 
 
 class Packages:
@@ -81,15 +82,14 @@ class Packages:
         for folder in RPM_FOLDERS:
             names = tree.names(prefix + folder)
             if RPM_SQLITE in names:
-                database = tree.database(f"{prefix}{folder}/{RPM_SQLITE}")
-                if database is None:
-                    tell(f"{prefix}{folder}/{RPM_SQLITE}: this database of packages cannot be read")
-                    continue
-                try:
-                    for package, paths in rpm_packages(database):
-                        self.add(package, iter(paths), prefix)
-                except sqlite3.Error as error:
-                    tell(f"{prefix}{folder}/{RPM_SQLITE}: this database of packages cannot be read: {error}")
+                with tree.database(f"{prefix}{folder}/{RPM_SQLITE}") as database:
+                    try:
+                        if database is None:
+                            raise sqlite3.OperationalError("the file cannot be read")
+                        for package, paths in rpm_packages(database):
+                            self.add(package, iter(paths), prefix)
+                    except sqlite3.Error as error:
+                        tell(f"{prefix}{folder}/{RPM_SQLITE}: this database of packages cannot be read: {error}")
             elif other := next((name for name in RPM_OTHERS if name in names), None):
                 tell(
                     f"{prefix}{folder}/{other}: an rpm database of a kind that is not read (only rpmdb.sqlite is); "
