@@ -55,7 +55,7 @@ def estimate(paths: Sequence[Path], options: Options, listener: Listener) -> Est
             source = open_source(path, options.work, options.cross)
             stack.callback(source.close)
             sources.append(source)
-        spill = _scratch(options.work)
+        spill = scratch_file(options.work)
         stack.callback(os.close, spill)
         tally = stack.enter_context(Tally(spill, os.urandom(FP_SIZE), len(paths)))
         ledger = Ledger(tally)
@@ -134,7 +134,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _scratch(work: Path) -> int:
+def scratch_file(work: Path) -> int:
     """Open a file without a name: whatever happens to this process, nothing is left of it."""
     try:
         try:
