@@ -179,6 +179,19 @@ static void test_holes_and_files(void)
 	CHECK(sa_tally_root(tally, 2, &root) == 0);
 	CHECK(root.files == 5 && root.pages == 6 * 3 + 40 && root.zero == 3 * 3 + 37);
 
+	/* holes are not read: nobody could read these */
+	{
+		const uint64_t tib = UINT64_C(1) << 40;
+		const struct sa_tally_root before = root;
+
+		CHECK(ftruncate(fd, (off_t)tib) == 0);
+		CHECK(sa_tally_file(tally, 2, 3, fd, tib, 1, &fed) == 0 && fed == tib);
+		CHECK(sa_tally_root(tally, 2, &root) == 0);
+		CHECK(root.pages == before.pages + tib / SA_PAGE_SIZE);
+		CHECK(root.zero == before.zero + tib / SA_PAGE_SIZE - 3);
+		root = before;
+	}
+
 	/* a stretch from the middle; what cannot be read; calls in the wrong order */
 	CHECK(sa_tally_begin(tally, 2, 3) == 0);
 	CHECK(sa_tally_begin(tally, 2, 3) == -EINVAL);
@@ -192,7 +205,8 @@ static void test_holes_and_files(void)
 	CHECK(sa_tally_file(tally, 2, 3, -1, 1, 1, &fed) == -EBADF);
 	CHECK(sa_tally_begin(tally, ROOTS, 3) == -EINVAL);
 	CHECK(sa_tally_root(tally, 2, &root) == 0);
-	CHECK(root.pages == 6 * 3 + 40 + 1); /* the short page of the abandoned file is not counted */
+	CHECK(root.pages == 6 * 3 + 40 + (UINT64_C(1) << 40) / SA_PAGE_SIZE +
+	                            1); /* the short page of the abandoned file is not counted */
 	sa_tally_destroy(tally);
 	close(fd);
 }
@@ -265,14 +279,13 @@ static void test_classes(void)
 		CHECK(root.by_class[SA_CLASS_RODATA] == 3);
 		CHECK(root.by_class[SA_CLASS_DATA] == 4);
 
-		/* objects, core dumps and what begins with a hole have no mapped segments */
-		put(pages + 16, 4, 2, variant & 2);
-		feed(tally, 1, 1, pages, sizeof pages, sizeof pages);
-		CHECK(sa_tally_root(tally, 1, &root) == 0 && root.by_class[SA_CLASS_DATA] == 10);
-		put(pages + 16, type, 2, variant & 2);
+		/* what begins with a hole, objects and core dumps have no mapped segments */
 		CHECK(sa_tally_begin(tally, 2, 2) == 0 && sa_tally_hole(tally, SA_PAGE_SIZE) == 0);
 		CHECK(sa_tally_feed(tally, pages, sizeof pages) == 0 && sa_tally_end(tally) == 0);
 		CHECK(sa_tally_root(tally, 2, &root) == 0 && root.by_class[SA_CLASS_DATA] == 10);
+		put(pages + 16, 4, 2, variant & 2);
+		feed(tally, 1, 1, pages, sizeof pages, sizeof pages);
+		CHECK(sa_tally_root(tally, 1, &root) == 0 && root.by_class[SA_CLASS_DATA] == 10);
 
 		/* Pages 1 to 9 are in all three roots, text in root 0 only; page 0 differs in root 1. */
 		CHECK(ask(tally, all_there, groups, 3, 0, &answer) == 0);
@@ -285,6 +298,17 @@ static void test_classes(void)
 		CHECK(answer.sums.saved[SA_CLASS_TEXT] == 3 * one); /* told, and not in what follows */
 		CHECK(answer.pairs[0 * ROOTS + 1] == 6 * one && answer.pairs[1 * ROOTS + 2] == 9 * one);
 		CHECK(answer.groups[0] == 13 * one && answer.groups[1] == 3 * one);
+
+		/* A text page that the same root has as data too: it comes twice there, and only as data is it shared. */
+		CHECK(answer.repeated[0] == 0);
+		feed(tally, 0, 3, pages + 2 * SA_PAGE_SIZE, SA_PAGE_SIZE, SA_PAGE_SIZE);
+		CHECK(ask(tally, all_there, groups, 4, 0, &answer) == 0);
+		CHECK(answer.repeated[0] == 1 && answer.sums.repeated == one);
+		CHECK(answer.sums.saved[SA_CLASS_TEXT] == 2 * one);
+		CHECK(answer.groups[0] == 19 * one);
+		CHECK(ask(tally, all_there, groups, 4, 1, &answer) == 0);
+		CHECK(answer.repeated[0] == 1 && answer.sums.repeated == 0);
+		CHECK(answer.pairs[0 * ROOTS + 1] == 7 * one);
 		sa_tally_destroy(tally);
 	}
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +105,27 @@ def test_many_pages_go_through_the_work_folder(tmp_path: Path) -> None:
     assert found.spilled > 24 * 9000
     same_as_files(found, [files_of(tmp_path / name) for name in "ab"])
     assert not list(work.iterdir())
+
+
+def test_a_page_that_comes_a_million_times_takes_no_memory(tmp_path: Path) -> None:
+    code = """
+import os, resource, sys
+from sharearea.common import native
+from sharearea.estimate.counting import scratch_file
+from pathlib import Path
+with native.Tally(scratch_file(Path(sys.argv[1])), bytes(32), 1) as tally:
+    tally.begin(0, 0)
+    block = os.urandom(4096) * 256
+    for _ in range(4096):
+        tally.feed(block)
+    tally.end()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sums = tally.join(bytes(4), 1, [native.TALLY_ONE], False)
+    assert sums.repeated == [(1 << 20) - 1], sums
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 8 << 10  # KiB; its records take 24 MiB
 
 
 def test_small_files_can_be_left_out(roots: list[Path]) -> None:
