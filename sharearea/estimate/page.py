@@ -35,7 +35,7 @@ p.soft, td.soft, figcaption { color: var(--soft) }
 .wide { overflow-x: auto } table { border-collapse: collapse; width: 100% }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .5rem; text-align: right; vertical-align: top }
 th:first-child, td:first-child, td.words, th.words { text-align: left; overflow-wrap: anywhere }
-figure { margin: 0 } svg { display: block; height: auto; width: 100% }
+small { white-space: nowrap } figure { margin: 0 } svg { display: block; height: auto; width: 100% }
 svg text { fill: var(--ink); font: 13px system-ui }
 """
 
