@@ -131,7 +131,8 @@ def _config_option(parser: Any) -> None:
 
 def _broker(options: argparse.Namespace) -> int:
     config = BrokerConfig.load(options.config)
-    broker = Broker(config, EventLog("sharearea", config.log_level))
+    file = Path(config.log_file) if config.log_file else None
+    broker = Broker(config, EventLog("sharearea", config.log_level, file=file))
     try:
         broker.open()
         broker.run()
