@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from . import fdstore, stats
 from .area.base import Area
@@ -63,6 +63,9 @@ from .policy import PoolRules
 from .statistics import Statistics
 from .store import Store
 
+if TYPE_CHECKING:
+    from .metrics import Figures, MetricsServer
+
 _TICK_S: Final = 0.25
 _SHARE_S: Final = 0.004  # of one round, for one connection
 _LINGER_S: Final = 2.0  # for the last words to a peer that is sent away
@@ -100,6 +103,7 @@ class Broker:
         self._tick_at = 0.0
         self._started = time.monotonic()
         self._statistics: Statistics | None = None
+        self._metrics: MetricsServer | None = None
         self._control: ControlServer | None = None
         self._store: Store | None = None
         self._signals: socket.socket | None = None
@@ -135,6 +139,8 @@ class Broker:
         self._control = ControlServer(config.status_socket, 0o600, self._answer, self._selector)
         self._undo.callback(self._control.close)
         self._statistics = Statistics(config, self.log, self, time.monotonic())
+        if config.metrics_listen:
+            self._serve_metrics(config.metrics_listen)
         self._watch_backend()
         self.log.event(
             "broker.started",
@@ -145,6 +151,13 @@ class Broker:
         )
         for warning in config.warnings:
             self.log.event("config.warning", detail=warning)
+
+    def _serve_metrics(self, address: str) -> None:
+        from .metrics import MetricsServer  # what it imports, others have no use for
+
+        self._metrics = MetricsServer(address, self._figures)
+        self._undo.callback(self._metrics.close)
+        self._selector.register(self._metrics, selectors.EVENT_READ, self._metrics)
 
     def _open_pool(self, rules: PoolRules, record: PoolRecord | None) -> PoolSetup:
         key = self._keys[rules.name]
@@ -222,6 +235,8 @@ class Broker:
                 self._arrivals()
             elif isinstance(owner, ControlServer):
                 owner.ready(key.fileobj)
+            elif self._metrics is not None and owner is self._metrics:
+                self._metrics.ready()
             elif isinstance(owner, _Connection):
                 # A ring has one event for both: there is something to read, or room again.
                 if owner.link.wants_write:
@@ -453,6 +468,13 @@ class Broker:
     def _domain_snapshots(self, now: float) -> list[dict[str, Any]]:
         assert self._statistics is not None
         return [each for name in self.engine.pools() for each in self._statistics.domains(name, now)]
+
+    def _figures(self) -> Figures:
+        from .metrics import Figures
+
+        assert self._statistics is not None
+        pools = self._pool_snapshots()
+        return Figures(pools, self._domain_snapshots(time.monotonic()), self._statistics.host(pools))
 
     def memory(self, domid: int) -> dict[str, Any]:
         """Return what is known of a Xen domain's memory target."""
