@@ -238,7 +238,7 @@ int sa_table_totals(const sa_table *table, struct sa_table_totals *ret);
 struct sa_table_census {
 	uint64_t common; /* pages that k holders or more have */
 	uint64_t copies; /* their holders, added up */
-	uint64_t end;    /* ids from here on were never given out */
+	uint64_t end;    /* no page has an id from here on */
 };
 int sa_table_census(const sa_table *table, uint32_t first, size_t n, uint32_t k, uint64_t *ret_held,
                     uint64_t *ret_common, uint64_t *ret_share, struct sa_table_census *ret);

@@ -191,20 +191,36 @@ def _pools(options: argparse.Namespace) -> int:
 def _print_pools(console: Console, pools: list[dict[str, Any]]) -> None:
     _print_table(
         console,
-        ("pool", "domains", "files", "known", "in area", "mapped", "mappings", "dropped", "area", "overhead", "state"),
+        (
+            "pool",
+            "domains",
+            "files",
+            "known",
+            "possible",
+            "in area",
+            "mapped",
+            "mappings",
+            "dropped",
+            "area",
+            "overhead",
+            "net saved",
+            "state",
+        ),
         (
             (
                 pool["pool"],
                 str(pool["domains"]),
                 str(pool["files"]),
                 _pages(pool["known_pages"]),
+                _mib(pool["possible_saved_bytes"]),
                 _pages(pool["pages_published"]),
                 _pages(pool["pages_shared"]),
                 _pages(pool["pages_sharing"]),
                 _pages(pool["dropped_pages_total"]),
                 _mib(pool["area_bytes"]),
                 _mib(pool["overhead_bytes"]),
-                pool["paused"] or "serving",
+                _mib(pool["net_saved_bytes"]),
+                pool["paused"] or ("reports only" if pool["mode"] == "report" else "serving"),
             )
             for pool in pools
         ),

@@ -102,7 +102,7 @@ class CensusLike(Protocol):
 
     @property
     def end(self) -> int:
-        """Ids from here on were never given out."""
+        """No page has an id from here on."""
         ...
 
     @property

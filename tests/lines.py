@@ -40,7 +40,9 @@ def faults(lines: Iterable[str]) -> list[str]:
             continue
         found += [f"{event['event.name']}: {error.json_path}: {error.message}" for error in check.iter_errors(event)]
         pid, sequence = event.get("process.pid", 0), event.get("event.sequence", 0)
-        if sequence != last.get(pid, 0) + 1:
+        if sequence != last.get(pid, 0) + (
+            event.get("sharearea.lines", 1) if event["event.name"] == "log.dropped" else 1
+        ):
             found.append(f"{event['event.name']}: line {sequence} of process {pid} follows line {last.get(pid, 0)}")
         last[pid] = sequence
     return found

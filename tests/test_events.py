@@ -34,7 +34,7 @@ def lines(stream: io.StringIO) -> list[dict[str, Any]]:
 
 def sample(kind: Kind) -> dict[str, object]:
     """Return fields that fit an event."""
-    values: dict[str, object] = {"integer": 7, "number": 0.5, "string": "x", "boolean": True, "strings": ["x"]}
+    values: dict[str, object] = {"integer": 1, "number": 0.5, "string": "x", "boolean": True, "strings": ["x"]}
     fields = {name: values[FIELDS[name].type] for name in (*kind.fields, *kind.options)}
     if kind.reasons:
         fields["reason"] = kind.reasons[-1]

@@ -136,9 +136,7 @@ COMMON: Final[tuple[Field, ...]] = (
     Field("", "event.severity", "integer", "", "The level as OpenTelemetry's SeverityNumber: 5, 9, 13 or 17."),
     Field("", "event.module", "string", "", "`sharearea`."),
     Field("", "event.dataset", "string", "", "`sharearea.broker` or `sharearea.agent`."),
-    Field(
-        "", "event.sequence", "integer", "", "Counts the lines of one process from 1: a gap is a line that was lost."
-    ),
+    Field("", "event.sequence", "integer", "", "Counts the lines of one process from 1: in a gap, lines were lost."),
     Field("", "service.name", "string", "", "`sharearea` or `sharearea-agent`."),
     Field("", "service.version", "string", "", "The program's version."),
     Field("", "host.name", "string", "", "The machine that wrote the line: the host or dom0, or the guest itself."),

@@ -207,11 +207,11 @@ class EventLog:
         level = EVENTS[event].level
         if getattr(logging, level.upper()) < self._level:
             return
-        self._write(event, self._about | fields)
-
-    def _write(self, event: str, fields: dict[str, object]) -> None:
-        kind = EVENTS[event]
         self._sequence += 1
+        self._write(event, self._about | fields, self._sequence)
+
+    def _write(self, event: str, fields: dict[str, object], sequence: int) -> None:
+        kind = EVENTS[event]
         said: dict[str, object] = {
             "event.name": event,
             "event.action": event,
@@ -220,7 +220,7 @@ class EventLog:
             "event.type": list(kind.type),
             "event.outcome": kind.outcome,
             "event.severity": SEVERITY[kind.level],
-            "event.sequence": self._sequence,
+            "event.sequence": sequence,
             "log.level": kind.level,
         }
         for name, value in fields.items():
@@ -240,10 +240,10 @@ class EventLog:
                 sink.unsaid += 1
 
     def _say_dropped(self, sink: _Sink) -> bool:
-        """Tell a sink that it lacks lines; return whether it can be told."""
+        """Tell a sink that it lacks lines, in the place of the last of them; return whether it can be told."""
         sinks, self._sinks = self._sinks, [_Once(sink)]
         try:
-            self._write("log.dropped", self._about | {"lines": sink.unsaid, "sink": sink.name})
+            self._write("log.dropped", self._about | {"lines": sink.unsaid, "sink": sink.name}, self._sequence - 1)
             said = self._sinks[0].dropped == 0
         finally:
             self._sinks = sinks
