@@ -449,6 +449,9 @@ PRESSURE_MARKS: Final = (100, 1000, 2000)
 (Settings of its reclaim.py)."""
 
 
+_SOON: Final = 1.0  # seconds
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Who the agent is and how it behaves; times in seconds."""
@@ -610,6 +613,7 @@ class Agent:
                 self._on_lease_broken(event.key)
             case Dropped():
                 self._dropped_total += event.pages
+                self._say_stats_soon()
             case Detach():
                 self._on_detach(event.path)
             case Reattach():
@@ -919,6 +923,8 @@ class Agent:
         if ids:
             columns = (ids.tobytes(), sizes.tobytes(), counts.tobytes(), b"".join(roots), tuple(paths))
             self._act(Send(wire.Roots(*columns, b"".join(classes))))
+        if not self._unreported:
+            self._say_stats_soon()
 
     @property
     def reporting(self) -> bool:
@@ -1303,6 +1309,10 @@ class Agent:
         self._stats_at = self._now + self.settings.stats_interval
         self._told = self._memory
         self._act(Send(self._stats()))
+
+    def _say_stats_soon(self) -> None:
+        """Something has come to an end for now: the broker need not wait for the next interval to hear of it."""
+        self._stats_at = min(self._stats_at, self._now + _SOON)
 
     def _memory_dwindles(self) -> bool:
         """Whether the broker should hear at once, so that it gives memory back before the guest runs short of it."""

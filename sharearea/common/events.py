@@ -269,7 +269,10 @@ _bytes("mapped_text_bytes", "Granted pages that are executable text.")
 _bytes("mapped_rodata_bytes", "Granted pages that are read-only data of executables and libraries.")
 _bytes("mapped_data_bytes", "Granted pages of every other kind.")
 _bytes("mapped_unclassified_bytes", "Granted pages of files that were not reported again since the broker restarted.")
-_bytes("possible_saved_bytes", "What sharing every page that k domains hold would save: all of its copies but one.")
+_bytes(
+    "possible_saved_bytes",
+    "What sharing every page that k domains hold would save: of one copy for each domain, all but one.",
+)
 _bytes("possible_given_up_bytes", "What the domain would give up if every page that k domains hold were shared.")
 _bytes("possible_share_bytes", "What the domain would then pay: its part of those pages.")
 _bytes("possible_net_bytes", "possible_given_up_bytes less possible_share_bytes.")

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from .harness import BIN, MIB, Host, noise, run, wait
+from tests.lines import faults, read
+
+from .harness import BIN, MIB, PAGE, Host, noise, run, wait
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
 
@@ -167,6 +169,39 @@ def _demo_folders(folder: Path) -> Path:
 
 def _demo_words(folder: Path) -> list[str]:
     return ["--size-mib", "8", "--source", str(folder / "source"), "--work-dir", str(folder / "work")]
+
+
+def test_every_line_of_a_demo_fits_and_says_what_the_demo_says(disk_path: Path) -> None:
+    """A soak: this system's own libraries, real programs, and lines compared with what the demo counts by itself."""
+    (disk_path / "work").mkdir()
+    figures_file = disk_path / "figures.json"
+    words = ["--size-mib", "64", "--work-dir", str(disk_path / "work"), "--json", str(figures_file), "--keep"]
+    done = run("sharearea", "demo", *words)
+    assert done.returncode == 0, done.stderr + done.stdout
+    figures = json.loads(figures_file.read_text())
+    [kept] = (disk_path / "work").iterdir()
+    logs = [log for log in kept.glob("*.log") if "consumer" not in log.name]
+    assert len(logs) == 1 + figures["domains"]
+    for log in logs:
+        assert faults(read(log)) == [], log.name
+    lines = [json.loads(line) for line in read(kept / "broker.log")]
+    pools = [line for line in lines if line["event.name"] == "pool.statistics"]
+    best = max(pools, key=lambda line: line["sharearea.pages_sharing"])
+    assert best["sharearea.pages_sharing"] == figures["sharing_pages"]
+    assert best["sharearea.pages_shared"] == figures["shared_pages"]
+    assert best["sharearea.self_shared_pages"] == figures["self_shared_pages"]
+    # The demo counts a domain's own further copies of a page in; in lines they are apart.
+    rest = figures["possible_saved_bytes"] - best["sharearea.possible_saved_bytes"]
+    assert 0 <= rest <= figures["self_shared_pages"] * PAGE
+    assert best["sharearea.zero_pages"] == figures["zero_pages"]
+    mapped = {kind: best[f"sharearea.mapped_{kind}_bytes"] for kind in ("text", "rodata", "data", "unclassified")}
+    assert sum(mapped.values()) == figures["sharing_pages"] * PAGE
+    assert mapped["text"] > 0
+    assert mapped["rodata"] > 0
+    assert mapped["unclassified"] == 0
+    files = sum(line["sharearea.files"] for line in lines if line["event.name"] == "files.shared")
+    others = [line for line in lines if line["event.name"] != "file.statistics"]
+    assert len(others) < files // 4, "lines are gathered"
 
 
 def test_demo(disk_path: Path) -> None:
