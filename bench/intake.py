@@ -73,6 +73,7 @@ def prepare(sizes: Sequence[int], folder: str) -> Report:
                 array("I", [len(columns[i]) // wire.FINGERPRINT_SIZE for i in part]).tobytes(),
                 b"".join(native.file_root(sizes[i], columns[i]) for i in part),
                 tuple(f"{folder}/{i // 100:03}/library-{i:05}.so".encode() for i in part),
+                wire.NO_CLASSES * len(part),
             )
         )
     parts, fingerprints = array("I"), bytearray()

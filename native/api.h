@@ -221,15 +221,27 @@ int sa_table_live(const sa_table *table, uint32_t first, size_t n, uint32_t *ret
                   size_t *ret_n, uint64_t *ret_mapped);
 
 struct sa_table_totals {
-	uint64_t pages;         /* distinct pages known, the zero page left out */
-	uint64_t slots_used;    /* slots that a page uses */
-	uint64_t slots_mapped;  /* distinct slots with at least one mapping */
-	uint64_t mappings;      /* sum of mappings over all slots */
-	uint64_t pending;       /* pages wanted and not yet published */
-	uint64_t memory_bytes;  /* memory of the table itself */
-	uint64_t by_holders[8]; /* slots used, by holders of their page: 0, 1, 2, 3, 4-7, 8-15, 16-31, 32 and more */
+	uint64_t pages;          /* distinct pages known, the zero page left out */
+	uint64_t slots_used;     /* slots that a page uses */
+	uint64_t slots_mapped;   /* distinct slots with at least one mapping */
+	uint64_t mappings;       /* sum of mappings over all slots */
+	uint64_t pending;        /* pages wanted and not yet published */
+	uint64_t memory_bytes;   /* memory of the table itself */
+	uint64_t by_holders[8];  /* slots used, by holders of their page: 0, 1, 2, 3, 4-7, 8-15, 16-31, 32 and more */
+	uint64_t by_mappings[7]; /* slots mapped, by mappings: 1, 2, 3, 4-7, 8-15, 16-31, 32 and more */
 };
 int sa_table_totals(const sa_table *table, struct sa_table_totals *ret);
+
+/* Counts over pages with references, their ids in [first, first + n), the zero page left out. ret_held, ret_common,
+ * ret_share: one entry for each holder: pages that it holds; of these, pages that k holders or more have; its parts of
+ * those, SA_SHARE_PAGE / holders each, rounded down, added up. */
+struct sa_table_census {
+	uint64_t common; /* pages that k holders or more have */
+	uint64_t copies; /* their holders, added up */
+	uint64_t end;    /* no page has an id from here on */
+};
+int sa_table_census(const sa_table *table, uint32_t first, size_t n, uint32_t k, uint64_t *ret_held,
+                    uint64_t *ret_common, uint64_t *ret_share, struct sa_table_census *ret);
 
 /* -------------------------------------------------------------------------------------------- estimate.c */
 

@@ -206,13 +206,20 @@ static uint32_t count_holders(const sa_table *table, uint32_t id)
 	return n;
 }
 
-static uint64_t *class_of(sa_table *table, uint32_t nholders)
+/* 0, 1, 2, 3, 4-7, 8-15, 16-31, 32 and more */
+static size_t class_of(uint32_t n)
 {
-	size_t at = nholders < 4 ? nholders : 4;
+	size_t at = n < 4 ? n : 4;
 
-	for (uint32_t least = 8; least <= 32 && nholders >= least; least *= 2)
+	for (uint32_t least = 8; least <= 32 && n >= least; least *= 2)
 		at++;
-	return &table->totals.by_holders[at];
+	return at;
+}
+
+/* Returns the counter of slots whose page has so many holders. */
+static uint64_t *slots_held(sa_table *table, uint32_t nholders)
+{
+	return &table->totals.by_holders[class_of(nholders)];
 }
 
 static int add_pages(sa_table *table)
@@ -582,7 +589,7 @@ static void enter_slot(sa_table *table, uint32_t id, uint32_t slot)
 	*slot_of(table, id) = slot;
 	*page_in(table, slot) = id;
 	table->totals.slots_used++;
-	++*class_of(table, count_holders(table, id));
+	++*slots_held(table, count_holders(table, id));
 }
 
 /* Take a page out of its slot, which it has. Returns 1 if nobody maps that. */
@@ -593,7 +600,7 @@ static int leave_slot(sa_table *table, uint32_t id, uint32_t *ret_slot)
 	*slot_of(table, id) = SA_NONE;
 	*page_in(table, slot) = LEFT;
 	table->totals.slots_used--;
-	--*class_of(table, count_holders(table, id));
+	--*slots_held(table, count_holders(table, id));
 	*ret_slot = slot;
 	return *mappings_of(table, slot) == 0;
 }
@@ -761,8 +768,8 @@ static void reclass(sa_table *table, uint32_t id, int more)
 	if (*slot_of(table, id) != SA_NONE) {
 		uint32_t nholders = count_holders(table, id);
 
-		--*class_of(table, more ? nholders - 1 : nholders + 1);
-		++*class_of(table, nholders);
+		--*slots_held(table, more ? nholders - 1 : nholders + 1);
+		++*slots_held(table, nholders);
 	}
 }
 
@@ -1013,8 +1020,11 @@ static int map_slot(sa_table *table, uint64_t slot)
 	mappings = mappings_of(table, (uint32_t)slot);
 	if (*mappings == MAPPINGS_MAX)
 		return -EINVAL;
-	if ((*mappings)++ == 0)
+	if (*mappings == 0)
 		table->totals.slots_mapped++;
+	else
+		table->totals.by_mappings[class_of(*mappings) - 1]--;
+	table->totals.by_mappings[class_of(++*mappings) - 1]++;
 	table->totals.mappings++;
 	return 0;
 }
@@ -1029,8 +1039,11 @@ static int unmap_slot(sa_table *table, uint64_t slot, int *ret_freed)
 	mappings = mappings_of(table, (uint32_t)slot);
 	if (*mappings == 0)
 		return -EINVAL;
+	table->totals.by_mappings[class_of(*mappings) - 1]--;
 	if (--*mappings == 0)
 		table->totals.slots_mapped--;
+	else
+		table->totals.by_mappings[class_of(*mappings) - 1]++;
 	table->totals.mappings--;
 	*ret_freed = *mappings == 0 && *page_in(table, (uint32_t)slot) == LEFT;
 	return 0;
@@ -1151,5 +1164,42 @@ int sa_table_live(const sa_table *table, uint32_t first, size_t n, uint32_t *ret
 int sa_table_totals(const sa_table *table, struct sa_table_totals *ret)
 {
 	*ret = table->totals;
+	return 0;
+}
+
+int sa_table_census(const sa_table *table, uint32_t first, size_t n, uint32_t k, uint64_t *ret_held,
+                    uint64_t *ret_common, uint64_t *ret_share, struct sa_table_census *ret)
+{
+	uint64_t end = n < table->next_id - (uint64_t)first ? first + (uint64_t)n : table->next_id;
+	struct sa_table_census census = {.end = table->next_id};
+
+	if (first > table->next_id)
+		end = first;
+	for (size_t holder = 0; holder < table->max_holders; holder++)
+		ret_held[holder] = ret_common[holder] = ret_share[holder] = 0;
+	for (uint64_t at = first; at < end; at++) {
+		uint32_t id = (uint32_t)at;
+		const uint64_t *holders;
+		uint32_t nholders;
+		uint64_t common; /* 0 or 1 */
+
+		if (id == 0 || !referenced(table, id))
+			continue;
+		nholders = count_holders(table, id);
+		common = nholders >= k && nholders > 0 ? 1 : 0;
+		census.common += common;
+		census.copies += common * nholders;
+		holders = holders_of(table, id);
+		for (size_t word = 0; word < table->holder_words; word++) {
+			for (uint64_t left = holders[word]; left; left &= left - 1) {
+				size_t holder = word * 64 + (size_t)__builtin_ctzll(left);
+
+				ret_held[holder]++;
+				ret_common[holder] += common;
+				ret_share[holder] += common * ((uint32_t)SA_SHARE_PAGE / nholders);
+			}
+		}
+	}
+	*ret = census;
 	return 0;
 }

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from . import fdstore, stats
 from .area.base import Area
@@ -60,7 +60,11 @@ from .model import (
     WriteGrants,
 )
 from .policy import PoolRules
+from .statistics import Statistics
 from .store import Store
+
+if TYPE_CHECKING:
+    from .metrics import Figures, MetricsServer
 
 _TICK_S: Final = 0.25
 _SHARE_S: Final = 0.004  # of one round, for one connection
@@ -98,7 +102,8 @@ class Broker:
         self._watched = -1  # the backend's descriptor in the selector
         self._tick_at = 0.0
         self._started = time.monotonic()
-        self._statistics_at = self._started + config.status_interval
+        self._statistics: Statistics | None = None
+        self._metrics: MetricsServer | None = None
         self._control: ControlServer | None = None
         self._store: Store | None = None
         self._signals: socket.socket | None = None
@@ -125,12 +130,17 @@ class Broker:
             self.log.event("store.set_aside", detail=note)
         self._keys = load_keys(config.state_dir, boot, sorted(config.policy.pools))
         setups = {name: self._open_pool(rules, records.get(name)) for name, rules in config.policy.pools.items()}
-        self.engine = Engine(config.policy, setups, native.file_root, Settings(grace=config.grace))
+        self.engine = Engine(
+            config.policy, setups, native.file_root, Settings(grace=config.grace, tally_interval=config.events_interval)
+        )
         self._perform(self.engine.start(time.monotonic()))
         for event in self._backend.found(records.values()):
             self._feed(event)
         self._control = ControlServer(config.status_socket, 0o600, self._answer, self._selector)
         self._undo.callback(self._control.close)
+        self._statistics = Statistics(config, self.log, self, time.monotonic())
+        if config.metrics_listen:
+            self._serve_metrics(config.metrics_listen)
         self._watch_backend()
         self.log.event(
             "broker.started",
@@ -141,6 +151,13 @@ class Broker:
         )
         for warning in config.warnings:
             self.log.event("config.warning", detail=warning)
+
+    def _serve_metrics(self, address: str) -> None:
+        from .metrics import MetricsServer  # what it imports, others have no use for
+
+        self._metrics = MetricsServer(address, self._figures)
+        self._undo.callback(self._metrics.close)
+        self._selector.register(self._metrics, selectors.EVENT_READ, self._metrics)
 
     def _open_pool(self, rules: PoolRules, record: PoolRecord | None) -> PoolSetup:
         key = self._keys[rules.name]
@@ -154,7 +171,8 @@ class Broker:
                 owners=len(opened.record.owners),
             )
         else:
-            self.log.event("area.opened", pool=rules.name, reason=opened.reason)
+            reason, _, detail = (opened.reason or "").partition(": ")
+            self.log.event("area.opened", pool=rules.name, reason=reason, detail=detail)
         zero, _ = native.fingerprint_pages(key.key, bytes(wire.PAGE_SIZE))
         table = native.NativePageTable(os.urandom(native.SEED_SIZE), zero, rules.max_domains, rules.max_pages)
         self._undo.callback(table.close)
@@ -185,6 +203,7 @@ class Broker:
                 self._round()
         finally:
             fdstore.notify("STOPPING=1")
+            self._perform(self.engine.last_words(time.monotonic()))
             self.log.event("broker.stopped", log_lines_dropped=self.log.dropped)
 
     def stop(self) -> None:
@@ -200,6 +219,7 @@ class Broker:
         self._signals = ours
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.stop())
+        signal.signal(signal.SIGHUP, lambda *_: self.log.reopen())
         signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         self._undo.callback(signal.set_wakeup_fd, -1)
         self._selector.register(ours, selectors.EVENT_READ, None)
@@ -215,6 +235,8 @@ class Broker:
                 self._arrivals()
             elif isinstance(owner, ControlServer):
                 owner.ready(key.fileobj)
+            elif self._metrics is not None and owner is self._metrics:
+                self._metrics.ready()
             elif isinstance(owner, _Connection):
                 # A ring has one event for both: there is something to read, or room again.
                 if owner.link.wants_write:
@@ -336,10 +358,8 @@ class Broker:
         if now >= self._tick_at or self.engine.busy:
             self._tick_at = now + _TICK_S
             self._feed(Tick())
-        if now >= self._statistics_at:
-            self._statistics_at = now + self.config.status_interval
-            for snapshot in self._pool_snapshots():
-                self.log.event("pool.statistics", **snapshot)
+        if self._statistics is not None:
+            self._statistics.step(now)
 
     # ------------------------------------------------------------------------------------------------------ actions
 
@@ -429,22 +449,35 @@ class Broker:
 
     # ------------------------------------------------------------------------------------------------- looking in
 
+    def store_bytes(self) -> int:
+        """Return the size of the store."""
+        return self._store.size_bytes() if self._store is not None else 0
+
+    def area(self, pool: PoolId) -> Area:
+        """Return a pool's area."""
+        return self._areas[pool]
+
+    def connection_count(self) -> int:
+        """Return how many connections there are."""
+        return len(self._connections)
+
     def _pool_snapshots(self) -> list[dict[str, Any]]:
-        now = time.monotonic()
-        size = self._store.size_bytes() if self._store is not None else 0
-        mapping = stats.XEN_MAPPING_BYTES if self.config.backend == "xen" else 0
-        return [
-            stats.pool_snapshot(pool, self._areas[name].allocated_bytes(), size, now, mapping_bytes=mapping)
-            for name, pool in self.engine.pools().items()
-        ]
+        assert self._statistics is not None
+        return [self._statistics.pool(name) for name in self.engine.pools()]
 
     def _domain_snapshots(self, now: float) -> list[dict[str, Any]]:
-        return [
-            snapshot | self._memory(snapshot.get("domid", 0))
-            for snapshot in stats.domain_snapshots(self.engine.pools(), now)
-        ]
+        assert self._statistics is not None
+        return [each for name in self.engine.pools() for each in self._statistics.domains(name, now)]
 
-    def _memory(self, domid: int) -> dict[str, Any]:
+    def _figures(self) -> Figures:
+        from .metrics import Figures
+
+        assert self._statistics is not None
+        pools = self._pool_snapshots()
+        return Figures(pools, self._domain_snapshots(time.monotonic()), self._statistics.host(pools))
+
+    def memory(self, domid: int) -> dict[str, Any]:
+        """Return what is known of a Xen domain's memory target."""
         memory = self._backend.memory(domid)
         if memory is None:
             return {}
@@ -456,7 +489,7 @@ class Broker:
 
     def _holding(self, pool: PoolId, domain: DomainId) -> dict[str, Any]:
         holding = stats.holding(self.engine.pools()[pool], domain)
-        return holding | self._memory(holding["domid"]) | {"linked": self._backend.linked(holding["domid"])}
+        return holding | self.memory(holding["domid"]) | {"linked": self._backend.linked(holding["domid"])}
 
     def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
         now = time.monotonic()
@@ -469,6 +502,7 @@ class Broker:
                     "enabled": self.config.policy.enabled,
                     "connections": len(self._connections),
                     "cpu_ns": time.process_time_ns(),
+                    "log_lines_dropped": self.log.dropped,
                     "warnings": list(self.config.warnings),
                     "pools": self._pool_snapshots(),
                 }

@@ -134,7 +134,8 @@ def _broker(options: argparse.Namespace) -> int:
     from .common.logs import EventLog
 
     config = BrokerConfig.load(options.config)
-    broker = Broker(config, EventLog("sharearea", config.log_level))
+    file = Path(config.log_file) if config.log_file else None
+    broker = Broker(config, EventLog("sharearea", config.log_level, file=file))
     try:
         broker.open()
         broker.run()
@@ -181,6 +182,8 @@ def _status(options: argparse.Namespace) -> int:
         highlight=False,
         soft_wrap=True,
     )
+    if status["log_lines_dropped"]:
+        console.print(f"note: {status['log_lines_dropped']} lines of the log could not be written", highlight=False)
     for warning in status["warnings"]:
         console.print(f"note: {warning}", highlight=False, markup=False, soft_wrap=True)
     _print_pools(console, status["pools"])
@@ -199,20 +202,36 @@ def _pools(options: argparse.Namespace) -> int:
 def _print_pools(console: Console, pools: list[dict[str, Any]]) -> None:
     _print_table(
         console,
-        ("pool", "domains", "files", "known", "in area", "mapped", "mappings", "dropped", "area", "overhead", "state"),
+        (
+            "pool",
+            "domains",
+            "files",
+            "known",
+            "possible",
+            "in area",
+            "mapped",
+            "mappings",
+            "dropped",
+            "area",
+            "overhead",
+            "net saved",
+            "state",
+        ),
         (
             (
                 pool["pool"],
                 str(pool["domains"]),
                 str(pool["files"]),
                 _pages(pool["known_pages"]),
+                _mib(pool["possible_saved_bytes"]),
                 _pages(pool["pages_published"]),
                 _pages(pool["pages_shared"]),
                 _pages(pool["pages_sharing"]),
                 _pages(pool["dropped_pages_total"]),
                 _mib(pool["area_bytes"]),
                 _mib(pool["overhead_bytes"]),
-                pool["paused"] or "serving",
+                _mib(pool["net_saved_bytes"]),
+                pool["paused"] or ("reports only" if pool["mode"] == "report" else "serving"),
             )
             for pool in pools
         ),

@@ -29,6 +29,7 @@ from .policy import (
     MAX_UID,
     Backend,
     DomainRule,
+    Mode,
     Policy,
     PoolRules,
     Reclaim,
@@ -38,6 +39,7 @@ from .policy import (
 SEGMENT_HEADER_BYTES: Final = 2 * MIB  # SA_SEGMENT_HEADER of native/api.h; tests/test_config.py compares the two
 MAX_POOLS: Final = 64
 MAX_RULES: Final = 1024  # of one pool
+MAX_FILE_ROWS: Final = 10_000  # of one pool, in one round
 
 _T = TypeVar("_T")
 
@@ -78,7 +80,12 @@ class BrokerConfig:
         default=Path("/var/lib/sharearea"), metadata=key(schema.AbsolutePath('"/var/lib/sharearea"'))
     )
     log_level: str = field(default="info", metadata=key(schema.Choice(("debug", "info", "warning", "error"))))
+    log_file: str = field(default="", metadata=key(schema.OptionalPath('"/var/log/sharearea/broker.log"')))
+    events_interval: float = field(default=10.0, metadata=key(schema.Duration(0.1, 3600)))
     status_interval: float = field(default=60.0, metadata=key(schema.Duration(1, 86_400)))
+    file_statistics: int = field(default=100, metadata=key(schema.Integer(0, MAX_FILE_ROWS, 100)))
+    file_statistics_interval: float = field(default=600.0, metadata=key(schema.Duration(1, 86_400)))
+    metrics_listen: str = field(default="", metadata=key(schema.Listen()))
     segment_bytes: int = field(default=64 * MIB, metadata=key(schema.Size(8 * MIB, 256 * MIB, 2 * MIB)))
     store_max_bytes: int = field(default=GIB, metadata=key(schema.Size(16 * MIB, TIB, MIB)))
     grace: float = field(default=30.0, metadata=key(schema.Duration(1, 3600)))
@@ -136,6 +143,7 @@ class PoolSection:
     domains: tuple[DomainSection, ...] = field(
         default=(), metadata=key(schema.ListOf(schema.Table(DomainSection), 0, MAX_RULES))
     )
+    mode: Mode = field(default=_POOL.mode, metadata=key(schema.Choice(("share", "report"))))
     include: tuple[str, ...] = field(default=_POOL.include, metadata=key(schema.ListOf(schema.Glob(), 1, MAX_GLOBS)))
     exclude: tuple[str, ...] = field(default=(), metadata=key(schema.ListOf(schema.Glob(), 0, MAX_GLOBS)))
     default_exclude: bool = field(default=True, metadata=key(schema.Boolean()))

@@ -125,6 +125,8 @@ def run(options: argparse.Namespace) -> int:
     demo = _Demo(work, options, console, interrupts)
     try:
         figures = demo.run()
+        if options.keep:
+            demo.wait_for_lines()
     except BaseException:
         demo.show_logs()
         raise
@@ -506,6 +508,17 @@ class _Demo:
             for line in lines[-5:]:
                 print(f"{Path(log.name).name}: {line}", file=sys.stderr)
 
+    def wait_for_lines(self) -> None:
+        """Wait until the broker has logged figures that were taken from now on, so that the logs tell the whole."""
+
+        def rounds() -> int:
+            return (self.work / "broker.log").read_text(errors="replace").count('"event.name": "host.statistics"')
+
+        # A round may be under way that began before.
+        last, end = rounds() + 2, time.monotonic() + 10
+        while rounds() < last and time.monotonic() < end:
+            time.sleep(0.05)
+
     def stop(self) -> None:
         """End all processes that the demo started: consumers, agents, broker."""
         for group in (
@@ -623,11 +636,15 @@ def _read_through(path: Path) -> None:
             pass
 
 
+_OFTEN: Final = 'events_interval = "1 s"\n'  # a demo is over before the first line of the usual interval
+
+
 def _broker_toml(work: Path, status_socket: Path, options: argparse.Namespace) -> str:
     area = max(1024, int(options.size_mib * 2)) * _MIB
     return (
         f'[broker]\nenabled = true\nsocket = "{work}/broker.sock"\nstatus_socket = "{status_socket}"\n'
-        f'state_dir = "{work}/state"\n\n[pools.{POOL}]\n'
+        f'state_dir = "{work}/state"\n{_OFTEN}status_interval = "1 s"\nfile_statistics_interval = "1 s"\n\n'
+        f"[pools.{POOL}]\n"
         f'domains = [{{ name = "demo-*", uid = {os.getuid()} }}]\nmax_area_bytes = {area}\n'
     )
 
@@ -636,7 +653,7 @@ def _agent_toml(domain: _Domain, work: Path) -> str:
     return (
         f'[agent]\nname = "{domain.name}"\nroot = "{domain.root}"\nfolders = ["{domain.root}"]\n'
         f'broker_socket = "{work}/broker.sock"\nconsumer_socket = "{domain.consumers}"\n'
-        f'control_socket = "{domain.control}"\ncache = "{domain.cache}"\nmax_attached_files = 16384\n'
+        f'control_socket = "{domain.control}"\ncache = "{domain.cache}"\nmax_attached_files = 16384\n{_OFTEN}'
     )
 
 

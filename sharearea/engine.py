@@ -19,6 +19,7 @@ from typing import Any
 
 from .common import wire
 from .common.errors import ProtocolError, TableFull, UsageError
+from .common.events import MAX_EXAMPLES, path_text
 from .grants import (
     NO_SLOT,
     GrantLedger,
@@ -79,6 +80,7 @@ from .policy import Policy, PoolRules, Refusal, domain_name
 
 _PAGE = wire.PAGE_SIZE
 _FP = wire.FINGERPRINT_SIZE
+_CLASSES = wire.CLASSES_SIZE
 _SWEEP = 256  # contents looked at in one step of a background sweep
 _LATE_REPORTS = 10  # grace times after which a restarted broker waits for no report any more
 _ONES = bytes([0, 1]) + bytes(254)
@@ -94,7 +96,7 @@ class Settings:
     grace: float = 30.0  # how long grants of a vanished agent are kept
     answer_timeout: float = 20.0  # a fetch, an announced report or a greeting may take as long
     ping_interval: float = 15.0
-    tally_interval: float = 1.0  # one line per kind of event and domain in as long
+    tally_interval: float = 1.0  # one line per kind of event, domain and reason in as long
     leaving_retry: float = 0.25  # for a domain that comes back while its files are still being forgotten
     retry: float = 30.0  # pause after the area, the store or the host was full
     strikes: int = 3
@@ -132,6 +134,7 @@ class _Report:
     root: bytes | None
     count: int
     since: float
+    classes: bytes = wire.NO_CLASSES
     fingerprints: bytearray = field(default_factory=bytearray)
     pages: array[int] = field(default_factory=lambda: array("I"))
     next_page: int = 0
@@ -184,6 +187,14 @@ class _Pinned:
 
 
 @dataclass(slots=True, eq=False)
+class _Sum:
+    """What is gathered for one line: counts, and a few paths."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
 class _Pool:
     name: PoolId
     rules: PoolRules
@@ -219,8 +230,13 @@ class _Pool:
     published_total: int = 0
     mismatched_total: int = 0
     granted_total: int = 0
-    tally: dict[tuple[str, DomainId], dict[str, int]] = field(default_factory=dict)
+    tally: dict[tuple[str, DomainId, str, str], _Sum] = field(default_factory=dict)  # event, domain, reason, stage
     tally_at: float = 0.0  # when it is logged
+
+    @property
+    def reports_only(self) -> bool:
+        """Nothing is published or mapped here: the pool only finds out what sharing would bring."""
+        return self.rules.mode == "report"
 
     @property
     def quiet(self) -> bool:
@@ -436,11 +452,33 @@ class Engine:
         self._actions.append(Log(event, fields))
 
     @staticmethod
-    def _tally(pool: _Pool, event: str, domain: DomainId, **counts: int) -> None:
-        """Count what would be too many lines; the sums are logged in intervals."""
-        sums = pool.tally.setdefault((event, domain), {})
+    def _tally(
+        pool: _Pool,
+        event: str,
+        domain: DomainId,
+        *,
+        reason: str = "",
+        stage: str = "",
+        path: bytes | None = None,
+        **counts: int,
+    ) -> None:
+        """Count what would be too many lines; the sums are logged in intervals, with the first few paths."""
+        key = (event, domain, reason, stage)
+        sums = pool.tally.get(key)
+        if sums is None:
+            sums = pool.tally[key] = _Sum()
         for name, count in counts.items():
-            sums[name] = sums.get(name, 0) + count
+            sums.counts[name] = sums.counts.get(name, 0) + count
+        if path is not None and len(sums.examples) < MAX_EXAMPLES:
+            sums.examples.append(path_text(path))
+
+    def _log_tallies(self, pool: _Pool) -> None:
+        pool.tally_at = self._now + self.settings.tally_interval
+        for (event, domain, reason, stage), sums in pool.tally.items():
+            more: dict[str, object] = {"reason": reason, "stage": stage, "examples": sums.examples}
+            known = {name: value for name, value in more.items() if value}
+            self._log(event, pool=pool.name, domain=domain, **sums.counts, **known)
+        pool.tally.clear()
 
     def _wait(self, waiting: _Waiting) -> int:
         self._token += 1
@@ -479,8 +517,9 @@ class Engine:
                 case wire.Attach():
                     self._on_attach(peer, peer.pool, array("I", message.ids))
                 case wire.Release():
-                    self._release(peer.pool, peer.domain, array("I", message.ids))
-                    self._tally(peer.pool, "pages.released", peer.domain, files=len(message.ids) // 4)
+                    files, pages = self._release(peer.pool, peer.domain, array("I", message.ids))
+                    if files:
+                        self._tally(peer.pool, "pages.released", peer.domain, files=files, pages=pages)
                 case wire.AgentStats():
                     peer.stats, peer.stats_at = message, self._now
                 case wire.Pong():
@@ -559,7 +598,7 @@ class Engine:
             for f in mine
             if (owner := pool.index.owners[peer.domain, f]).instance == peer.instance and owner.domid == domid
         } & keep
-        self._release(pool, peer.domain, [f for f in mine if f not in same])
+        self._revoke_files(pool, peer.domain, [f for f in mine if f not in same], "not-held")
         pool.domids[peer.domain] = domid
         self._withdraw(peer, sorted(keep - same), WithdrawReason.UNKNOWN_GRANT)
         # It was not there when the others were told.
@@ -579,7 +618,8 @@ class Engine:
         peer = self._peers.get(peer_id)
         if peer is None:
             return
-        self._log("peer.strike", domain=peer.domain, reason=reason, detail=text, **_who(peer))
+        pool = peer.pool.name if peer.pool is not None else None
+        self._log("peer.strike", domain=peer.domain, pool=pool, reason=reason, detail=text, **_who(peer))
         self._send(peer_id, wire.Refused(reason, text[:1024], int(self.settings.retry * 1000)))
         self._act(Disconnect(peer_id))
         self._on_closed(peer_id, reason)
@@ -631,7 +671,7 @@ class Engine:
             if verdict is None:
                 verdict = self._quota(peer, pool, size)
             if verdict is not None:
-                self._ignore(peer, answered, file, size, verdict)
+                self._ignore(peer, pool, answered, file, path, size, verdict)
                 continue
             root: bytes | None = roots[at * _FP : at * _FP + _FP]
             whole = -(-size // _PAGE)
@@ -639,14 +679,17 @@ class Engine:
                 root = None
             if not 0 < count <= whole or (root is not None and count != whole):
                 raise ProtocolError(f"file {file}: {count} pages do not make a file of {size} bytes")
+            classes = message.classes[at * _CLASSES : (at + 1) * _CLASSES]
+            if classes != wire.NO_CLASSES and not _within(classes, whole):
+                raise ProtocolError(f"file {file}: page classes beyond its {whole} pages")
             if root is not None:
                 content = pool.index.find(root)
                 if content is not None and content.size == size:
                     pool.index.claim(peer.domain, file, path, content)
                     claimed.append(content)
-                    answered.append((file, Verdict.KNOWN))
+                    answered.append((file, self._taken_up(pool)))
                     continue
-            report = _Report(path, size, root, count, self._now)
+            report = _Report(path, size, root, count, self._now, classes)
             self._expect(peer, pool, file, report, answered)
         self._answer(peer, answered)
         for content in claimed:
@@ -667,13 +710,32 @@ class Engine:
         """Return whether a file is still within the quota: what waited was not counted when it was announced."""
         return pool.index.domains[peer.domain].size_bytes + report.size <= pool.rules.max_bytes
 
+    @staticmethod
+    def _taken_up(pool: _Pool) -> Verdict:
+        """Return the answer for a file whose content the broker has."""
+        return Verdict.REPORT_ONLY if pool.reports_only else Verdict.KNOWN
+
     def _ignore(
-        self, peer: _Peer, answered: list[tuple[FileId, Verdict]], file: FileId, size: int, verdict: Verdict
+        self,
+        peer: _Peer,
+        pool: _Pool,
+        answered: list[tuple[FileId, Verdict]],
+        file: FileId,
+        path: bytes,
+        size: int,
+        verdict: Verdict,
     ) -> None:
         answered.append((file, verdict))
+        self._tally_refused(pool, peer.domain, "report", verdict, path, size)
         counts = peer.ignored.setdefault(verdict, [0, 0])
         counts[0] += 1
         counts[1] += size
+
+    def _tally_refused(
+        self, pool: _Pool, domain: DomainId, stage: str, verdict: Verdict, path: bytes | None, size: int
+    ) -> None:
+        reason = verdict.code
+        self._tally(pool, "files.refused", domain, reason=reason, stage=stage, path=path, files=1, file_bytes=size)
 
     def _answer(self, peer: _Peer, answered: list[tuple[FileId, Verdict]]) -> None:
         for at in range(0, len(answered), wire.MAX_REPORT_FILES):
@@ -751,6 +813,7 @@ class Engine:
         if report.root is not None and self._file_root(report.size, fingerprints) != report.root:
             self._answer(peer, [(file, Verdict.ROOT_MISMATCH)])
             self._not_coming(pool, report)
+            self._tally_refused(pool, peer.domain, "report", Verdict.ROOT_MISMATCH, report.path, report.size)
             self._strike(peer, pool, Verdict.ROOT_MISMATCH.code, f"file {file}: its pages do not have its root")
             return
         content = pool.index.find(report.root) if report.root is not None else None
@@ -758,16 +821,18 @@ class Engine:
         if content is None and refused is None:
             try:
                 pages = None if report.root is not None else report.pages.tobytes()
-                content = pool.index.add(report.root, report.size, pages, fingerprints)
+                content = pool.index.add(report.root, report.size, pages, fingerprints, report.classes)
             except TableFull:
                 refused = Verdict.TABLE_FULL
         if content is None or refused is not None:
             answered: list[tuple[FileId, Verdict]] = []
-            self._ignore(peer, answered, file, report.size, refused or Verdict.TABLE_FULL)
+            self._ignore(peer, pool, answered, file, report.path, report.size, refused or Verdict.TABLE_FULL)
             self._answer(peer, answered)
             self._not_coming(pool, report)
             return
         pool.index.claim(peer.domain, file, report.path, content)
+        if pool.reports_only:
+            self._answer(peer, [(file, Verdict.REPORT_ONLY)])
         if report.root is not None:
             self._arrived(pool, report.root, content)
         self._consider(pool, content)
@@ -791,11 +856,11 @@ class Engine:
                 continue
             if not self._fits(waiter, pool, report):
                 answered: list[tuple[FileId, Verdict]] = []
-                self._ignore(waiter, answered, file, report.size, Verdict.QUOTA_BYTES)
+                self._ignore(waiter, pool, answered, file, report.path, report.size, Verdict.QUOTA_BYTES)
                 self._answer(waiter, answered)
                 continue
             pool.index.claim(waiter.domain, file, report.path, content)
-            self._answer(waiter, [(file, Verdict.KNOWN)])
+            self._answer(waiter, [(file, self._taken_up(pool))])
 
     def _not_coming(self, pool: _Pool, report: _Report) -> None:
         """The pages of a root will not come from whom they were expected: ask the next one who has it."""
@@ -821,10 +886,10 @@ class Engine:
             report = peer.deferred.pop(file)
             content = pool.index.find(report.root) if report.root is not None else None
             if not self._fits(peer, pool, report):
-                self._ignore(peer, answered, file, report.size, Verdict.QUOTA_BYTES)
+                self._ignore(peer, pool, answered, file, report.path, report.size, Verdict.QUOTA_BYTES)
             elif content is not None and content.size == report.size:
                 pool.index.claim(peer.domain, file, report.path, content)
-                answered.append((file, Verdict.KNOWN))
+                answered.append((file, self._taken_up(pool)))
                 claimed.append(content)
             elif not self._expect(peer, pool, file, report, answered):
                 peer.deferred = {file: peer.deferred.pop(file)} | peer.deferred  # it keeps its place
@@ -851,7 +916,7 @@ class Engine:
 
     def _consider(self, pool: _Pool, content: Content) -> None:
         """Queue the pages of a content that k domains hold and that are in no slot yet."""
-        if len(pool.index.domains) < pool.rules.k:
+        if len(pool.index.domains) < pool.rules.k or pool.reports_only:
             return
         if self._now < pool.paused_until:
             pool.retry[content] = pool.paused_until
@@ -1029,7 +1094,8 @@ class Engine:
                         ledger.give_back(owner.domid, owner.refs)
                 peer = self._peers.get(waiting.then.peer)
                 if peer is not None:
-                    self._deny(peer, [(owner.file, Verdict.STORE_FULL) for owner in waiting.then.owners])
+                    pool = waiting.then.pool
+                    self._deny(peer, pool, [(owner.file, Verdict.STORE_FULL) for owner in waiting.then.owners])
             case None:
                 self._log("store.failed", detail=event.why, changes=len(waiting.changes))
 
@@ -1088,6 +1154,8 @@ class Engine:
         for file in files:
             if file not in holdings.files:
                 denied.append((file, Verdict.NOT_REPORTED))
+            elif pool.reports_only:
+                denied.append((file, Verdict.REPORT_ONLY))
             elif peer.domain in pool.detached:
                 denied.append((file, Verdict.DETACHED))
             else:
@@ -1102,12 +1170,16 @@ class Engine:
                     domid = peer.identity.domid
                     owners.append(OwnerSet(pool.name, peer.domain, peer.instance, file, runs, domid, refs))
                     handed.append(sent)
-        self._deny(peer, denied)
+        self._deny(peer, pool, denied)
         if owners:
             granting = _Granting(peer.id, pool, tuple(owners), tuple(handed))
             self._commit(granting.owners, granting)
 
-    def _deny(self, peer: _Peer, denied: list[tuple[FileId, Verdict]]) -> None:
+    def _deny(self, peer: _Peer, pool: _Pool, denied: list[tuple[FileId, Verdict]]) -> None:
+        for file, verdict in denied:
+            held = pool.index.domains[peer.domain].files.get(file)
+            path, size = (held.path, held.size) if held is not None else (None, 0)
+            self._tally_refused(pool, peer.domain, "grant", verdict, path, size)
         if denied:
             self._send(
                 peer.id, wire.Denied(array("I", [file for file, _ in denied]).tobytes(), bytes(v for _, v in denied))
@@ -1160,9 +1232,10 @@ class Engine:
         granting = writing.granting
         pool, peer = granting.pool, self._peers.get(granting.peer)
         self._log("grants.failed", pool=pool.name, detail=event.why, files=len(granting.owners))
-        self._release(pool, granting.owners[0].domain, [owner.file for owner in granting.owners])
+        files = [owner.file for owner in granting.owners]
+        self._revoke_files(pool, granting.owners[0].domain, files, "grants-failed")
         if peer is not None:
-            self._deny(peer, [(owner.file, Verdict.GRANT_BUDGET) for owner in granting.owners])
+            self._deny(peer, pool, [(owner.file, Verdict.GRANT_BUDGET) for owner in granting.owners])
 
     def _hand_out(self, granting: _Granting) -> None:
         """Send the handles. A peer may have left meanwhile; its grace time ends these grants."""
@@ -1170,9 +1243,14 @@ class Engine:
         if peer is None:
             return
         pages = 0
+        files = pool.index.domains[peer.domain].files
         for owner, sent in zip(granting.owners, granting.handles, strict=True):
             slots = array("I", owner.runs)[1::3]
-            pages += sum(array("I", owner.runs)[2::3])
+            count = sum(array("I", owner.runs)[2::3])
+            pages += count
+            held = files.get(owner.file)
+            path, size = (held.path, held.size) if held is not None else (None, 0)
+            self._tally(pool, "files.shared", peer.domain, path=path, files=1, pages=count, file_bytes=size)
             if pool.ledger is not None:
                 (grantor, _) = pool.index.segments[slots[0] // pool.index.slots_per_segment]
                 if peer.grantor != grantor:
@@ -1186,13 +1264,21 @@ class Engine:
         pool.granted_total += pages
         self._tally(pool, "pages.granted", peer.domain, files=len(granting.owners), pages=pages)
 
-    def _release(self, pool: _Pool, domain: DomainId, files: Iterable[FileId]) -> None:
-        """End a domain's ownership of these files; those not owned are passed over."""
+    def _revoke_files(self, pool: _Pool, domain: DomainId, files: Iterable[FileId], reason: str) -> None:
+        """End a domain's ownership of files that it has not released."""
+        count, pages = self._release(pool, domain, files)
+        if count:
+            self._tally(pool, "pages.revoked", domain, reason=reason, files=count, pages=pages)
+
+    def _release(self, pool: _Pool, domain: DomainId, files: Iterable[FileId]) -> tuple[int, int]:
+        """End a domain's ownership of these files; those not owned are passed over. Return how many files and pages."""
+        owned = [file for file in dict.fromkeys(files) if (domain, file) in pool.index.owners]
+        pages = sum(pool.index.owners[domain, file].page_count for file in owned)
         if pool.ledger is None:
-            self._save(pool.index.release(domain, files))
-            return
+            self._save(pool.index.release(domain, owned))
+            return len(owned), pages
         gone: dict[int, list[Owner]] = {}
-        for file in files:
+        for file in owned:
             found = pool.index.disown(domain, file)
             if found is not None:
                 gone.setdefault(found[0].domid, []).append(found[0])
@@ -1201,6 +1287,7 @@ class Engine:
             refs = b"".join(owner.refs for owner in owners)
             slots = b"".join(slot_stretches(owner.runs) for owner in owners)
             self._revoke(_Revoking(pool, domid, refs, slots))
+        return len(owned), pages
 
     def _revoke(self, revoking: _Revoking) -> None:
         if revoking.refs:
@@ -1279,6 +1366,14 @@ class Engine:
             orphaned = sum(len(refs) for refs, _ in orphans.values())
             self._log("grants.reconciled", pool=pool.name, owners_dropped=len(lost), entries_without_owner=orphaned)
 
+    def last_words(self, now: float) -> list[Action]:
+        """Return the lines that were still being gathered. Call it last."""
+        self._now = now
+        for pool in self._pools.values():
+            self._log_tallies(pool)
+        actions, self._actions = self._actions, []
+        return actions
+
     def detach(self, name: PoolId, domain: DomainId, on: bool, now: float) -> list[Action]:
         """Bring a domain's consumers back to their plain files, before it is saved or migrated; or end that.
 
@@ -1307,9 +1402,24 @@ class Engine:
     def _withdraw(self, peer: _Peer, files: list[FileId], reason: WithdrawReason) -> None:
         for at in range(0, len(files), wire.MAX_IDS):
             self._send(peer.id, wire.Withdraw(array("I", files[at : at + wire.MAX_IDS]).tobytes(), int(reason)))
-        if files:
-            pool = peer.pool.name if peer.pool is not None else ""
-            self._log("pages.revoked", pool=pool, domain=peer.domain, files=len(files), reason=reason.name.lower())
+        pool = peer.pool
+        if pool is None:
+            return
+        held = pool.index.domains[peer.domain].files
+        for file in files:
+            owner, entry = pool.index.owners.get((peer.domain, file)), held.get(file)
+            path, size = (entry.path, entry.size) if entry is not None else (None, 0)
+            pages = owner.page_count if owner is not None else 0
+            self._tally(
+                pool,
+                "files.withdrawn",
+                peer.domain,
+                reason=reason.code,
+                path=path,
+                files=1,
+                pages=pages,
+                file_bytes=size,
+            )
 
     # ------------------------------------------------------------------------------------------------------- time
 
@@ -1325,10 +1435,7 @@ class Engine:
             self._sweep_offers(pool)
             self._sweep_segments(pool)
             if self._now >= pool.tally_at:
-                pool.tally_at = self._now + self.settings.tally_interval
-                for (event, domain), counts in pool.tally.items():
-                    self._log(event, pool=pool.name, domain=domain, **counts)
-                pool.tally.clear()
+                self._log_tallies(pool)
 
     def _check_peer(self, peer: _Peer) -> None:
         timeout = self.settings.answer_timeout
@@ -1361,13 +1468,11 @@ class Engine:
             self._drain(pool, domain)
         for domain in [d for d, until in pool.absent.items() if self._now >= until]:
             files = pool.index.owned_by(domain)
-            self._release(pool, domain, files[:_SWEEP])
+            self._revoke_files(pool, domain, files[:_SWEEP], "grace-over")
             if len(files) <= _SWEEP:
                 del pool.absent[domain]
                 if domain not in pool.detached:
                     pool.domids.pop(domain, None)
-            if files:
-                self._tally(pool, "pages.released", domain, files=min(_SWEEP, len(files)))
         if pool.settle_at is not None and self._now >= pool.settle_at:
             if self._now < pool.settle_by and self._awaits_reports(pool):
                 pool.settle_at = self._now + self.settings.grace / 10
@@ -1515,6 +1620,12 @@ def _split(column: bytes, flags: bytes) -> tuple[bytes, bytes]:
     values = array("I", column)
     chosen = array("I", compress(values, flags.translate(_ONES)))
     return chosen.tobytes(), array("I", compress(values, flags.translate(_OTHERS))).tobytes()
+
+
+def _within(classes: bytes, pages: int) -> bool:
+    """Return whether both stretches of page classes are within a file."""
+    text, texts, fixed, count = array("I", classes)
+    return text + texts <= pages and fixed + count <= pages
 
 
 def _who(peer: _Peer) -> dict[str, object]:

@@ -11,8 +11,9 @@ owner is a domain with grants for one of its files.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from .common import wire
@@ -45,6 +46,10 @@ class Content:
     size: int
     ids: bytes
     pages: bytes | None  # page numbers; None: 0, 1, 2, ...
+    classes: bytes = wire.NO_CLASSES  # as in wire.Roots
+    nonzero_pages: int = 0
+    text_pages: int = 0  # of the reported ones
+    rodata_pages: int = 0
     holders: dict[DomainId, set[FileId]] = field(default_factory=dict)
     available: int = 0  # pages in slots when last counted
     counted_at: int = -1  # PoolIndex.changed at that time
@@ -79,16 +84,52 @@ class Holdings:
     number: int
     files: dict[FileId, HeldFile] = field(default_factory=dict)
     size_bytes: int = 0
+    pages: int = 0  # reported ones, over all files
+    nonzero_pages: int = 0
+    text_pages: int = 0
+    rodata_pages: int = 0
+
+    def count(self, content: Content, by: int) -> None:
+        """Count a file with this content in (1) or out (-1)."""
+        self.size_bytes += by * content.size
+        self.pages += by * content.page_count
+        self.nonzero_pages += by * content.nonzero_pages
+        self.text_pages += by * content.text_pages
+        self.rodata_pages += by * content.rodata_pages
+
+
+@dataclass(slots=True, eq=False)
+class Mapped:
+    """Pages that one domain may map, over all files, by class; `unclassified`: of files that are not reported (yet)."""
+
+    pages: int = 0
+    text: int = 0
+    rodata: int = 0
+    unclassified: int = 0
+
+    def count(self, owner: Owner, by: int) -> None:
+        """Count an owner in (1) or out (-1)."""
+        pages = owner.page_count
+        self.pages += by * pages
+        if owner.classified is None:
+            self.unclassified += by * pages
+        else:
+            self.text += by * owner.classified[0]
+            self.rodata += by * owner.classified[1]
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Grants in force: one file of one domain. `domid` and `refs` as in OwnerSet, for the `xen` backend."""
+    """Grants in force: one file of one domain. `domid` and `refs` as in OwnerSet, for the `xen` backend.
+
+    `classified`: pages of executable text and of read-only data; None where the file is not reported.
+    """
 
     instance: bytes
     runs: bytes
     domid: int = 0
     refs: bytes = b""
+    classified: tuple[int, int] | None = None
 
     @property
     def page_count(self) -> int:
@@ -118,6 +159,7 @@ class PoolIndex:
         self.changed = 0  # grows whenever slots are published or freed
         self.leaving: dict[DomainId, None] = {}
         self._owned: dict[DomainId, dict[FileId, None]] = {}  # the keys of `owners`, by domain
+        self.mapped: dict[DomainId, Mapped] = {}
         self._numbers = list(range(max_domains - 1, -1, -1))
         self._restored = b""
 
@@ -149,9 +191,20 @@ class PoolIndex:
         """Look up a content by its root: one look-up, however large the file."""
         return self.contents.get(root)
 
-    def add(self, root: bytes | None, size: int, pages: bytes | None, fingerprints: bytes) -> Content:
+    def add(
+        self,
+        root: bytes | None,
+        size: int,
+        pages: bytes | None,
+        fingerprints: bytes,
+        classes: bytes = wire.NO_CLASSES,
+    ) -> Content:
         """Take up a content. Raises TableFull, with nothing taken. The caller claims it at once."""
-        content = Content(root, size, self.table.intern(fingerprints), pages)
+        content = Content(root, size, self.table.intern(fingerprints), pages, classes)
+        content.nonzero_pages = content.page_count - self.table.count(content.ids)[0]
+        if classes != wire.NO_CLASSES:
+            numbers = array("I", pages) if pages is not None else range(content.page_count)
+            content.text_pages, content.rodata_pages = _classified(classes, lambda page: bisect_left(numbers, page))
         if root is None:
             self.partial[content] = None
         else:
@@ -164,7 +217,11 @@ class PoolIndex:
         if file in holdings.files:
             raise ValueError(f"file {file} is held already")
         holdings.files[file] = HeldFile(path, content.size, content)
-        holdings.size_bytes += content.size
+        holdings.count(content, 1)
+        owner = self.owners.get((domain, file))
+        if owner is not None and owner.classified is None:  # of an earlier broker
+            self._remove_owner(domain, file)
+            self._add_owner(domain, file, replace(owner, classified=class_pages(owner.runs, content.classes)))
         files = content.holders.get(domain)
         if files is None:
             content.holders[domain] = {file}
@@ -184,8 +241,8 @@ class PoolIndex:
             held = holdings.files.pop(file, None)
             if held is None:
                 continue
-            holdings.size_bytes -= held.size
             content = held.content
+            holdings.count(content, -1)
             content.holders[domain].discard(file)
             if content.holders[domain]:
                 continue
@@ -347,30 +404,42 @@ class PoolIndex:
         if (change.domain, change.file) in self.owners:
             raise ValueError(f"{change.domain} owns file {change.file} already")
         self.table.map(change.runs)
-        self._add_owner(change.domain, change.file, Owner(change.instance, change.runs, change.domid, change.refs))
+        holdings = self.domains.get(change.domain)
+        held = holdings.files.get(change.file) if holdings is not None else None
+        classified = class_pages(change.runs, held.content.classes) if held is not None else None
+        owner = Owner(change.instance, change.runs, change.domid, change.refs, classified)
+        self._add_owner(change.domain, change.file, owner)
 
     def _add_owner(self, domain: DomainId, file: FileId, owner: Owner) -> None:
         self.owners[domain, file] = owner
         self._owned.setdefault(domain, {})[file] = None
+        self.mapped.setdefault(domain, Mapped()).count(owner, 1)
+
+    def _remove_owner(self, domain: DomainId, file: FileId) -> Owner | None:
+        owner = self.owners.pop((domain, file), None)
+        if owner is not None:
+            del self._owned[domain][file]
+            self.mapped[domain].count(owner, -1)
+            if not self._owned[domain]:
+                del self._owned[domain], self.mapped[domain]
+        return owner
 
     def release(self, domain: DomainId, files: Iterable[FileId]) -> list[Change]:
         """End the ownership of these files; those not owned are passed over."""
         changes: list[Change] = []
         freed = bytearray()
         for file in files:
-            owner = self.owners.pop((domain, file), None)
+            owner = self._remove_owner(domain, file)
             if owner is not None:
-                del self._owned[domain][file]
                 freed += self.table.unmap(owner.runs)
                 changes.append(OwnerCleared(self.pool, domain, file))
         return changes + self._freed(bytes(freed))
 
     def disown(self, domain: DomainId, file: FileId) -> tuple[Owner, Change] | None:
         """End an ownership whose slots stay mapped, for now, by grants in force; `unmap` ends that. None: no owner."""
-        owner = self.owners.pop((domain, file), None)
+        owner = self._remove_owner(domain, file)
         if owner is None:
             return None
-        del self._owned[domain][file]
         return owner, OwnerCleared(self.pool, domain, file)
 
     def unmap(self, slots: bytes) -> list[Change]:
@@ -469,6 +538,32 @@ class PoolIndex:
             return []
         self.changed += 1
         return [SlotsFreed(self.pool, slots)]
+
+
+def class_pages(runs: bytes, classes: bytes) -> tuple[int, int]:
+    """Return how many pages of runs, which ascend, are executable text, and how many read-only data."""
+    if classes == wire.NO_CLASSES:
+        return 0, 0
+    column = array("I", runs)
+    firsts, counts = column[0::3], column[2::3]
+
+    def before(page: int) -> int:
+        at = bisect_left(firsts, page)
+        whole = sum(counts[:at])
+        return whole - max(0, firsts[at - 1] + counts[at - 1] - page) if at else 0
+
+    return _classified(classes, before)
+
+
+def _classified(classes: bytes, before: Callable[[int], int]) -> tuple[int, int]:
+    """Count text and read-only data, by how many pages lie before a page."""
+    text, texts, fixed, count = array("I", classes)
+
+    def inside(first: int, end: int) -> int:
+        return before(end) - before(first) if first < end else 0
+
+    both = inside(max(text, fixed), min(text + texts, fixed + count))
+    return inside(text, text + texts), inside(fixed, fixed + count) - both
 
 
 def _as_runs(slots: bytes) -> bytes:

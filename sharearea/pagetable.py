@@ -12,6 +12,7 @@ being taken.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +81,45 @@ class TotalsLike(Protocol):
         """Slots used, by the number of holders of their page: 0, 1, 2, 3, 4-7, 8-15, 16-31, 32 and more."""
         ...
 
+    @property
+    def by_mappings(self) -> tuple[int, int, int, int, int, int, int]:
+        """Slots mapped, by the number of their mappings: 1, 2, 3, 4-7, 8-15, 16-31, 32 and more."""
+        ...
+
+
+class CensusLike(Protocol):
+    """What `PageTable.census` returns: the fields of `Census`, read only."""
+
+    @property
+    def common(self) -> int:
+        """Pages that k holders or more have."""
+        ...
+
+    @property
+    def copies(self) -> int:
+        """Their holders, added up."""
+        ...
+
+    @property
+    def end(self) -> int:
+        """No page has an id from here on."""
+        ...
+
+    @property
+    def held(self) -> bytes:
+        """For each holder (packed uint64): pages that it holds."""
+        ...
+
+    @property
+    def held_common(self) -> bytes:
+        """For each holder: of these, pages that k holders or more have."""
+        ...
+
+    @property
+    def share(self) -> bytes:
+        """For each holder: SHARE_PAGE // holders of each of those, added up."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Totals:
@@ -92,6 +132,19 @@ class Totals:
     pending: int
     memory_bytes: int
     by_holders: tuple[int, int, int, int, int, int, int, int]
+    by_mappings: tuple[int, int, int, int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """Counts over a stretch of pages, as sa_table_census gives them; `CensusLike` says what each is."""
+
+    common: int
+    copies: int
+    end: int
+    held: bytes
+    held_common: bytes
+    share: bytes
 
 
 class PageTable(Protocol):
@@ -206,7 +259,14 @@ class PageTable(Protocol):
         ...
 
     def totals(self) -> TotalsLike:
-        """Return counts over the whole table."""
+        """Return counts over the whole table. Costs nothing: they are kept up to date."""
+        ...
+
+    def census(self, first: int, n: int, k: int) -> CensusLike:
+        """Count pages with ids in [first, first + n): what k holders have, and what each holder has of them.
+
+        The zero page is left out. Takes time linear in the pages (about 10 ms for a million).
+        """
         ...
 
     def close(self) -> None:
@@ -436,6 +496,9 @@ class ReferencePageTable:
         def used(least: int, most: int | None = None) -> int:
             return sum(least <= n and (most is None or n <= most) for n in holders)
 
+        def mapped(least: int, most: int | None = None) -> int:
+            return sum(least <= n and (most is None or n <= most) for n in self._mappings.values())
+
         return Totals(
             pages=len(self._pages) - 1,
             slots_used=len(self._page_in),
@@ -453,7 +516,38 @@ class ReferencePageTable:
                 used(16, 31),
                 used(32),
             ),
+            by_mappings=(
+                mapped(1, 1),
+                mapped(2, 2),
+                mapped(3, 3),
+                mapped(4, 7),
+                mapped(8, 15),
+                mapped(16, 31),
+                mapped(32),
+            ),
         )
+
+    def census(self, first: int, n: int, k: int) -> Census:
+        """Count pages of a stretch by holders."""
+        self._check_open()
+        _check_u32(first)
+        _check_u32(k)
+        if not 0 <= n < _SIZE_LIMIT:
+            raise ValueError("a number of pages out of range")
+        held, held_common, share = ([0] * self._max_holders for _ in range(3))
+        common = copies = 0
+        for id_ in range(max(first, 1), min(first + n, self._next_id)):
+            holders = self._pages[id_].holders if id_ in self._pages else set()
+            for holder in holders:
+                held[holder] += 1
+            if holders and len(holders) >= k:
+                common += 1
+                copies += len(holders)
+                for holder in holders:
+                    held_common[holder] += 1
+                    share[holder] += SHARE_PAGE // len(holders)
+        columns = (array("Q", column).tobytes() for column in (held, held_common, share))
+        return Census(common, copies, self._next_id, *columns)
 
     def close(self) -> None:
         """Make every later call raise Closed."""

@@ -36,6 +36,7 @@ _LARGEST: Final = 1024 * TIB  # beyond every host of today; keeps sums within 64
 
 Backend = Literal["local", "xen"]
 Reclaim = Literal["off", "balloon"]
+Mode = Literal["share", "report"]
 
 DEFAULT_INCLUDE: Final = ("**",)
 
@@ -109,6 +110,8 @@ class PoolRules:
     `exclude` goes before `include`. Bounds named max_files, max_bytes are per domain, the others per pool; max_bytes is
     the size of the reported files, max_pages the distinct pages that the fingerprint table holds.
 
+    `mode`: "report" takes reports and counts what sharing would bring; nothing is published, granted or mapped.
+
     The last five are the xen backend's. `reclaim`: what happens to memory that domains gave up; `reclaim_floor`: no
     domain's target goes below it; `reclaim_headroom`: what a domain's MemAvailable must stay above; max_grants: entries
     of the area's grant table, max_grants_per_domain: of these, for one domain; 0 leaves either to `grant_limits`.
@@ -116,6 +119,7 @@ class PoolRules:
     """
 
     name: PoolId
+    mode: Mode = "share"
     include: tuple[str, ...] = DEFAULT_INCLUDE
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     min_file_bytes: int = 16 * KIB
@@ -155,6 +159,8 @@ class PoolRules:
             )
             if not low <= getattr(self, key) <= high
         ]
+        if self.mode not in ("share", "report"):
+            faults.append(("mode", 'must be "share" or "report"'))
         if self.reclaim not in ("off", "balloon"):
             faults.append(("reclaim", 'must be "off" or "balloon"'))
         if self.max_grants and self.max_grants_per_domain > self.max_grants:

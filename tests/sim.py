@@ -52,6 +52,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from sharearea import engine as engine_module
+from sharearea import stats
 from sharearea.common import wire
 from sharearea.common.errors import ProtocolError, UsageError
 from sharearea.common.native import NativePageTable
@@ -1673,6 +1674,7 @@ class Liar:
         world, rng = self.world, self.world.rng
         key = world.broker.keys[self.pool][0]
         ids, sizes, counts, roots, paths = array("I"), array("Q"), array("I"), b"", []
+        classes = array("I")
         for _ in range(rng.randrange(1, 3)):
             file = rng.randrange(8) if world.chance(0.3) else rng.randrange(1 << 32)
             symbols = world.known_content()
@@ -1685,7 +1687,10 @@ class Liar:
             counts.append(len(symbols) if world.chance(0.97) else rng.choice([0, 1, 0xFFFFFFFF]))
             roots += root
             paths.append(rng.choice([b"/usr/x", b"/usr/y", b"/usr/secret", b"relative", b"/../up"]))
-        self._send(agent_wire.Roots(ids.tobytes(), sizes.tobytes(), counts.tobytes(), roots, tuple(paths)))
+            most = len(symbols) if world.chance(0.97) else 0xFFFFFFFF
+            classes.extend(rng.choice([(0, 0, 0, 0), (0, most, 0, most), (most, 0, 0, 1), (0, 1, most, 1)]))
+        columns = (ids.tobytes(), sizes.tobytes(), counts.tobytes(), roots, tuple(paths))
+        self._send(agent_wire.Roots(*columns, classes.tobytes()))
 
     def _pages(self) -> None:
         world, rng = self.world, self.world.rng
@@ -1985,6 +1990,9 @@ class World:
             )
             if self.plan.xen:
                 self.check_grants(pool, unsaved)
+            if not engine._waiting:
+                # What a running broker checks by itself must never cry wolf.
+                check(not stats.audit(pool), "I6", "the broker's own audit", name, stats.audit(pool))
             for domain, holdings in index.domains.items():
                 check(len(holdings.files) <= pool.rules.max_files, "I7", "more files than the quota", domain)
                 check(holdings.size_bytes <= pool.rules.max_bytes, "I7", "more bytes than the quota", domain)
@@ -3040,10 +3048,10 @@ def _counts_slots_anew_after_a_restart() -> list[Patch]:
 def _gives_the_lease_back_first() -> list[Patch]:
     leave = Agent._leave
 
-    def mutant(self: Agent, file: Any) -> None:
+    def mutant(self: Agent, file: Any, reason: str) -> None:
         if file.stage is Stage.SHARED:
             self._act(ag.ReleaseLease(file.key))
-        leave(self, file)
+        leave(self, file, reason)
 
     return [(Agent, "_leave", mutant)]
 
@@ -3051,10 +3059,10 @@ def _gives_the_lease_back_first() -> list[Patch]:
 def _releases_before_consumers_are_back() -> list[Patch]:
     leave = Agent._leave
 
-    def mutant(self: Agent, file: Any) -> None:
+    def mutant(self: Agent, file: Any, reason: str) -> None:
         if file.stage is Stage.SHARED and file.version is not None:
             self._release.append(file.version.id)
-        leave(self, file)
+        leave(self, file, reason)
 
     return [(Agent, "_leave", mutant)]
 
@@ -3154,7 +3162,7 @@ def _keeps_owners_of_another_domid() -> list[Patch]:
     reconcile = Engine._reconcile
 
     def mutant(self: Engine, peer: Any, pool: Any, held: Any) -> None:
-        release, self._release = self._release, lambda *_: None  # type: ignore[method-assign]
+        release, self._release = self._release, lambda *_: (0, 0)  # type: ignore[method-assign]
         reconcile(self, peer, pool, held)
         self._release = release  # type: ignore[method-assign]
 

@@ -11,6 +11,7 @@ from sharearea.area.local import LocalArea
 from sharearea.backend.local import _adopt
 from sharearea.common import native
 from sharearea.model import PoolRecord
+from sharearea.policy import Mode, PoolRules
 
 KEY = bytes(range(32))
 SLOTS = 1024
@@ -30,10 +31,12 @@ def filled() -> Iterator[tuple[LocalArea, PoolRecord]]:
     area.close()
 
 
-def adopt(record: PoolRecord, kept: dict[str, list[int]], *, slots: int = SLOTS, max_pages: int = 3) -> str | None:
+def adopt(
+    record: PoolRecord, kept: dict[str, list[int]], *, slots: int = SLOTS, max_pages: int = 3, mode: Mode = "share"
+) -> str | None:
     area = LocalArea("pool", KEY, SLOTS, 1 << 30)
     try:
-        return _adopt(area, record, slots, max_pages, kept)
+        return _adopt(area, record, slots, PoolRules("pool", max_pages=max_pages, mode=mode), kept)
     finally:
         area.close()
 
@@ -48,6 +51,7 @@ def test_what_does_not_fit_begins_anew(filled: tuple[LocalArea, PoolRecord]) -> 
     kept = {"sharearea-pool-0": [area.fd(0)]}
     assert adopt(PoolRecord(bytes(16), SLOTS), kept) == "no-earlier-area"
     assert adopt(record, {}) == "segments-not-kept"
+    assert adopt(record, kept, mode="report") == "report-only"
     assert adopt(record, kept, slots=SLOTS * 2) == "segment-size-changed"
     # A table that cannot hold all of it would stop the broker at every start.
     assert adopt(record, kept, max_pages=2) == "table-too-small"

@@ -76,6 +76,8 @@ def test_values_arrive() -> None:
         drop_interval = "100 ms"
         max_attached_files = 65536
         reconnect_max = "1 min"
+        log_file = "/f.log"
+        events_interval = "2 s"
         log_level = "debug"
         """
     )
@@ -100,6 +102,8 @@ def test_values_arrive() -> None:
         0.1,
         65536,
         60.0,
+        "/f.log",
+        2.0,
         "debug",
     )
 

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from sharearea.balloon import RECORDS, Balloon, Change, Claim, Memory
 from sharearea.common.errors import HostError
-from sharearea.common.logs import EVENTS
+from sharearea.common.events import EVENTS
 from sharearea.common.units import KIB, MIB
 from sharearea.reclaim import Report, Settings
 from sharearea.stats import Balance

@@ -55,6 +55,8 @@ def test_an_empty_file_is_a_broker_that_refuses_everybody() -> None:
     assert config.socket == Path("/run/sharearea/broker.sock")
     assert (config.segment_bytes, config.slots_per_segment) == (64 << 20, 62 * 256)
     assert (config.status_interval, config.grace) == (60.0, 30.0)
+    assert (config.log_file, config.events_interval, config.metrics_listen) == ("", 10.0, "")
+    assert (config.file_statistics, config.file_statistics_interval) == (100, 600.0)
     answer = config.policy.admit(Identity("local", 0), "web-1")
     assert isinstance(answer, Refusal)
     assert answer.reason == "disabled"
@@ -221,6 +223,13 @@ def test_all_faults_are_reported_at_once() -> None:
         ),
         ("[broker]\nenabled = 1", "broker.enabled: expected true or false, found the number 1"),
         ('[broker]\nbackend = "kvm"', 'broker.backend: expected one of "local", "xen", found the text "kvm"'),
+        ('[broker]\nlog_file = "log"', "broker.log_file: expected an absolute path, or an empty text"),
+        ('[broker]\nlog_file = "/var/../log"', "broker.log_file: the text \"/var/../log\" goes up with '..'"),
+        ('[broker]\nmetrics_listen = "9420"', "broker.metrics_listen: expected an IP address and a port"),
+        ('[broker]\nmetrics_listen = "host:9420"', "broker.metrics_listen: expected an IP address and a port"),
+        ('[broker]\nmetrics_listen = "127.0.0.1:65536"', "broker.metrics_listen: expected an IP address and a port"),
+        ('[broker]\nmetrics_listen = "::1:9420"', "broker.metrics_listen: expected an IP address and a port"),
+        ('[pools.p]\nmode = "off"', 'pools.p.mode: expected one of "share", "report"'),
         ('[broker]\nlog_level = "loud"', 'broker.log_level: expected one of "debug", "info", "warning", "error"'),
         (
             '[broker]\nsegment_bytes = "65 MiB"',

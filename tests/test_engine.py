@@ -276,7 +276,8 @@ def pairs(runs: bytes) -> list[tuple[int, int]]:
 
 def roots(*files: tuple[int, int, int, bytes, bytes]) -> wire.Roots:
     ids, sizes, counts, names, paths = zip(*files, strict=True)
-    return wire.Roots(u32s(*ids), array("Q", sizes).tobytes(), u32s(*counts), b"".join(names), tuple(paths))
+    classes = wire.NO_CLASSES * len(ids)
+    return wire.Roots(u32s(*ids), array("Q", sizes).tobytes(), u32s(*counts), b"".join(names), tuple(paths), classes)
 
 
 def of(actions: Iterable[Action], peer: int, kind: type[M]) -> list[M]:
@@ -1002,7 +1003,9 @@ def test_grants_of_a_vanished_agent_are_kept_for_the_grace_time(broker: Broker) 
     assert set(broker.record().owners) == {("a", 1)}
     done = broker.ticks(1)
     assert broker.record().owners == {}
-    assert logged(done, "pages.released") == [{"pool": "pool", "domain": "a", "files": 1}]
+    assert logged(done, "pages.revoked") == [
+        {"pool": "pool", "domain": "a", "reason": "grace-over", "files": 1, "pages": 1}
+    ]
 
 
 def test_a_domain_with_many_files_leaves_in_steps(broker: Broker) -> None:

@@ -33,6 +33,7 @@ DEBIAN_12 = {
     "msgpack": "1.0.3",
     "rich": "13.3.1",
     "structlog": "22.3.0",
+    "prometheus-client": "0.16.0",
     "watchdog": "2.2.1",
 }
 
@@ -74,10 +75,11 @@ def pip(arguments: list[str]) -> None:
 
 
 def module_files(name: str) -> set[str]:
-    """The Python files that a distribution carries, beginning with its package's name."""
+    """The Python files that a distribution carries, and its schemas, beginning with its package's name."""
     package = name.replace("-", "_")
     top = FOLDERS[name] / package
     found = {f"{package}/py.typed"}
+    found |= {f"{package}/schemas/{path.name}" for path in (top / "schemas").glob("*.json")}
     for folder, _, files in os.walk(top, followlinks=True):
         found |= {str(Path(package, folder, file).relative_to(top.parent)) for file in files if file.endswith(".py")}
     return {str(Path(file)) for file in found}
@@ -150,7 +152,9 @@ def test_each_brings_its_command(name: str) -> None:
 
 
 def test_debian_12_and_what_is_newest_satisfy_the_requirements(name: str) -> None:
-    for text in pyproject(name)["project"]["dependencies"]:
+    project = pyproject(name)["project"]
+    extras = [text for extra in project.get("optional-dependencies", {}).values() for text in extra]
+    for text in project["dependencies"] + extras:
         requirement = Requirement(text)
         assert requirement.specifier.contains(DEBIAN_12[requirement.name]), text
         assert requirement.specifier.contains("9999"), text

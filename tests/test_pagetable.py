@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sharearea.common import native
 from sharearea.common.errors import Closed, TableFull
 from sharearea.common.native import NativePageTable
-from sharearea.pagetable import NO_SLOT, SHARE_PAGE, ZERO_PAGE, PageTable, ReferencePageTable, Totals
+from sharearea.pagetable import NO_SLOT, SHARE_PAGE, ZERO_PAGE, Census, PageTable, ReferencePageTable, Totals
 
 SEED = bytes(range(40))
 ZERO_FP = b"\xaa" * 32
@@ -70,6 +70,11 @@ class Both:
     def same_totals(self) -> dict[str, Any]:
         native = counts(self.native)
         assert native == counts(self.twin)
+        for first, n, k in ((0, 1 << 40, 2), (0, 3, 1), (2, 2, 3), (1 << 20, 5, 2)):
+            counted = [table.census(first, n, k) for table in (self.native, self.twin)]
+            # A native table that was full has given out ids that no page got.
+            names = [name for name in Census.__dataclass_fields__ if name != "end"]
+            assert [getattr(counted[0], name) for name in names] == [getattr(counted[1], name) for name in names]
         return native
 
     def close(self) -> None:
@@ -500,3 +505,35 @@ def test_a_closed_table_says_so(table: type[NativePageTable] | type[ReferencePag
     for call in (lambda: closed.intern(A), lambda: closed.unref(b""), lambda: closed.live(0, 1), closed.totals):
         with pytest.raises(Closed):
             call()
+
+
+def test_the_census_says_what_could_be_shared(both: Both) -> None:
+    both.do("intern", A + B + C + ZERO_FP + A)
+    both.do("mark", u32s([1, 2]), 0)
+    both.do("mark", u32s([1, 3]), 1)
+    both.do("mark", u32s([1]), 69)
+    both.same_totals()
+    census = both.native.census(0, 100, 2)
+    assert (census.common, census.copies, census.end) == (1, 3, 4)
+    held, common, share = (unpack("<70Q", column) for column in (census.held, census.held_common, census.share))
+    assert (held[0], held[1], held[69], sum(held)) == (2, 2, 1, 5)
+    assert (common[0], common[1], common[69], sum(common)) == (1, 1, 1, 3)
+    assert share[0] == share[69] == SHARE_PAGE // 3
+    part = both.native.census(2, 100, 1)
+    assert (part.common, part.copies, part.end) == (2, 2, 4)
+    with pytest.raises(ValueError, match="out of range"):
+        both.twin.census(0, -1, 2)
+
+
+def test_slots_are_counted_by_their_mappings(both: Both) -> None:
+    ids = both.packed("intern", A + B)
+    both.do("publish", u32s(ids), u32s([0, 1]))
+    for _ in range(9):
+        both.do("map", u32s([0, 0, 2]))
+    both.do("map", u32s([0, 0, 1]))
+    assert both.same_totals()["by_mappings"] == (0, 0, 0, 0, 2, 0, 0)
+    for _ in range(8):
+        both.do("unmap", u32s([0, 0, 2]))
+    assert both.same_totals()["by_mappings"] == (1, 1, 0, 0, 0, 0, 0)
+    both.do("unmap", u32s([0, 0, 2]))
+    assert both.same_totals()["by_mappings"] == (1, 0, 0, 0, 0, 0, 0)

@@ -57,7 +57,12 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "agent-to-broker": {
         "Hello": wire.Hello(1, "0.1.0", "web-1", ID, u32s(3, 70_000)),
         "Roots": wire.Roots(
-            u32s(1, 2), struct.pack("<QQ", 8193, 1 << 33), u32s(3, 1), KEY + wire.NO_ROOT, (b"/usr/lib/a", b"/b\xff")
+            u32s(1, 2),
+            struct.pack("<QQ", 8193, 1 << 33),
+            u32s(3, 1),
+            KEY + wire.NO_ROOT,
+            (b"/usr/lib/a", b"/b\xff"),
+            u32s(1, 1, 0, 2) + wire.NO_CLASSES,
         ),
         "Pages": wire.Pages(u32s(1, 0, 1, 2, 7, 1), FPS),
         "Gone": wire.Gone(u32s(1, 2, 0xFFFFFFFF)),
@@ -328,7 +333,9 @@ def test_a_message_that_cannot_be_sent_is_a_fault_of_ours() -> None:
         BROKER_TO_AGENT.encode(wire.Refused("code", "\ud800", 0))
     with pytest.raises(ValueError, match="over the frame limit"):
         AGENT_TO_BROKER.encode(
-            wire.Roots(bytes(4 * 256), bytes(8 * 256), bytes(4 * 256), bytes(32 * 256), (b"x" * 4096,) * 256)
+            wire.Roots(
+                bytes(4 * 256), bytes(8 * 256), bytes(4 * 256), bytes(32 * 256), (b"x" * 4096,) * 256, bytes(16 * 256)
+            )
         )
     with pytest.raises(ValueError, match="the same type"):
         Codec("twice", (wire.Ping, wire.Ping))

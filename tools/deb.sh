@@ -157,7 +157,8 @@ package() { # NAME CONFIG-SOURCE CONFIG-NAME SUMMARY DESCRIPTION DEPENDS PURGE S
   mkdir -p "$tree/DEBIAN"
   unpack_wheel "$name" "$tree"
   install -D -m 644 "$2" "$tree/etc/sharearea/$3"
-  echo "/etc/sharearea/$3" >"$tree/DEBIAN/conffiles"
+  install -D -m 644 "deploy/logrotate/$name" "$tree/etc/logrotate.d/$name"
+  printf '%s\n' "/etc/sharearea/$3" "/etc/logrotate.d/$name" >"$tree/DEBIAN/conffiles"
   install -D -m 644 "deploy/systemd/$name.service" "$tree/lib/systemd/system/$name.service"
   write_documents "$name" "$tree" $9
   write_manual "$name" "$tree" "$4"
@@ -196,7 +197,7 @@ package sharearea docs/examples/broker.toml broker.toml \
  a host of containers). Nothing is shared until its configuration says so." \
   "python3-cffi-backend (>= 1.15.1), python3-lmdb (>= 1.4.0), python3-msgpack (>= 1.0.3), python3-rich (>= 13.3.1), python3-structlog (>= 22.3.0)" \
   "/var/lib/sharearea" \
-  "xen-utils-4.17" \
+  "xen-utils-4.17, python3-prometheus-client (>= 0.16.0)" \
   "docs/examples/broker.toml docs/examples/broker-xen.toml"
 package sharearea-agent docs/examples/agent.toml agent.toml \
   "one copy of each identical file page, for all guests (guest side)" \

@@ -26,6 +26,7 @@ _LIMITS = (
     ("PROTOCOL_VERSION", "spoken by this version"),
     ("PAGE_SIZE", "bytes of a page"),
     ("FINGERPRINT_SIZE", "bytes of a fingerprint, a file root, a pool's key"),
+    ("CLASSES_SIZE", "bytes of a file's page classes"),
     ("MAX_FILE_PAGES", "pages of a file that can be reported whole or in part"),
     ("MAX_REPORT_FILES", "files in one Roots or Verdicts"),
     ("MAX_REPORT_PAGES", "fingerprints in one Pages"),

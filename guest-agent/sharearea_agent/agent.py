@@ -20,6 +20,7 @@ from itertools import islice
 from typing import Final, NamedTuple
 
 from .common import wire
+from .common.events import MAX_EXAMPLES, path_text
 from .common.wire import Verdict
 from .consumer_wire import MAPPED_DIFFERENT, MAPPED_DONE, MAPPED_NO_ROOM
 
@@ -48,6 +49,7 @@ class Observation:
     """One file as the scanner saw it: which pages are resident, and their root if that is all of them.
 
     `pages`: packed page numbers if only some are resident, None if all are. Fingerprints stay in the cache (cache.py).
+    `classes`: as in wire.Roots.
     """
 
     path: bytes
@@ -57,6 +59,7 @@ class Observation:
     pages: bytes | None
     page_count: int
     zero_pages: int
+    classes: bytes = wire.NO_CLASSES
 
 
 class Stage(enum.Enum):
@@ -446,6 +449,9 @@ PRESSURE_MARKS: Final = (100, 1000, 2000)
 (Settings of its reclaim.py)."""
 
 
+_SOON: Final = 1.0  # seconds
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Who the agent is and how it behaves; times in seconds."""
@@ -464,6 +470,7 @@ class Settings:
     reconnect_min: float = 0.2
     reconnect_max: float = 30.0
     max_attached_files: int = 16_384
+    events_interval: float = 10.0  # one line per kind of event and reason in as long
     drop_batch: int = 256
     mappings_off: str = ""  # why nothing may be shared with programs of this guest, as a reason code; "": it may
 
@@ -476,6 +483,7 @@ class _Version:
     pages: bytes | None
     page_count: int
     zero_pages: int
+    classes: bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -558,6 +566,8 @@ class Agent:
         self._area = b""
         self._epoch = b""
         self._refused = ""
+        self._tally: dict[tuple[str, str], tuple[dict[str, int], list[str]]] = {}  # by event and reason
+        self._tally_at = 0.0
 
     # ------------------------------------------------------------------------------------------------- the way in
 
@@ -603,6 +613,7 @@ class Agent:
                 self._on_lease_broken(event.key)
             case Dropped():
                 self._dropped_total += event.pages
+                self._say_stats_soon()
             case Detach():
                 self._on_detach(event.path)
             case Reattach():
@@ -643,6 +654,25 @@ class Agent:
 
     def _log(self, event: str, **fields: object) -> None:
         self._actions.append(Log(event, fields))
+
+    def _count(self, event: str, reason: str, file: _File, **counts: int) -> None:
+        """Count what would be too many lines; the sums are logged in intervals, with the first few paths."""
+        sums, examples = self._tally.setdefault((event, reason), ({}, []))
+        for name, count in ({"files": 1} | counts).items():
+            sums[name] = sums.get(name, 0) + count
+        if file.paths and len(examples) < MAX_EXAMPLES:
+            examples.append(path_text(next(iter(file.paths))))
+
+    def last_words(self) -> list[Action]:
+        """Return the lines that were still being gathered."""
+        self._log_tallies()
+        return self._finish()
+
+    def _log_tallies(self) -> None:
+        self._tally_at = self._now + self.settings.events_interval
+        for (event, reason), (sums, examples) in self._tally.items():
+            self._log(event, reason=reason, **sums, **({"examples": examples} if examples else {}))
+        self._tally.clear()
 
     def _to(self, file: _File, stage: Stage) -> None:
         if (file.stage, stage) not in TRANSITIONS:
@@ -750,7 +780,7 @@ class Agent:
             self._segments.clear()
             self._act(ForgetSegments(None))
             for key in list(self._shared_keys):
-                self._leave(self._files[key])
+                self._leave(self._files[key], "other-area")
         elif self._segments:
             # Some may have been closed meanwhile; what is needed again comes with the next grant.
             used = {
@@ -786,7 +816,7 @@ class Agent:
                 self._replace(file, None)
             else:
                 file.stale = True
-                self._leave(file)
+                self._leave(file, "other-key")
 
     def _current(self, file_id: FileId) -> _File | None:
         """Return the file whose current version has this number; late news of earlier versions is passed over."""
@@ -805,7 +835,7 @@ class Agent:
         file.paths[seen.path] = None
         if self._detach_all or seen.path in self._detached_paths:
             file.detached = True
-            self._leave(file)
+            self._leave(file, "detached")
         version = file.version
         # A file that was too young to be trusted may turn out to be another one with the same times.
         other_root = version is not None and None not in (version.root, seen.root) and version.root != seen.root
@@ -827,12 +857,14 @@ class Agent:
         fresh = None
         if seen.page_count:
             self._next_id += 1
-            fresh = _Version(self._next_id, seen.identity, seen.root, seen.pages, seen.page_count, seen.zero_pages)
+            fresh = _Version(
+                self._next_id, seen.identity, seen.root, seen.pages, seen.page_count, seen.zero_pages, seen.classes
+            )
         if file.stage is Stage.PLAIN:
             self._replace(file, fresh)
         else:
             file.successor, file.stale = fresh, True
-            self._leave(file)
+            self._leave(file, "changed")
 
     def _replace(self, file: _File, fresh: _Version | None) -> None:
         """Give a file that shares nothing another version, or none; the broker is told that the old one is gone."""
@@ -873,6 +905,7 @@ class Agent:
         ids, sizes, counts = array("I"), array("Q"), array("I")
         roots: list[bytes] = []
         paths: list[bytes] = []
+        classes: list[bytes] = []
         room = wire.MAX_FRAME // 2
         while self._unreported and len(ids) < wire.MAX_REPORT_FILES and room > 0:
             key = next(iter(self._unreported))
@@ -888,9 +921,13 @@ class Agent:
             counts.append(version.page_count)
             roots.append(version.root if version.root is not None else wire.NO_ROOT)
             paths.append(path)
+            classes.append(version.classes)
             room -= len(path)
         if ids:
-            self._act(Send(wire.Roots(ids.tobytes(), sizes.tobytes(), counts.tobytes(), b"".join(roots), tuple(paths))))
+            columns = (ids.tobytes(), sizes.tobytes(), counts.tobytes(), b"".join(roots), tuple(paths))
+            self._act(Send(wire.Roots(*columns, b"".join(classes))))
+        if not self._unreported:
+            self._say_stats_soon()
 
     @property
     def reporting(self) -> bool:
@@ -973,13 +1010,14 @@ class Agent:
     def _plain(self, file: _File, use: tuple[ConsumerId, Handle], reason: str) -> None:
         if not file.uses[use].answered:
             file.uses[use].answered = True
+            self._count("files.plain", reason, file)
             self._act(StayPlain(*use, reason))
 
     def _advance(self, file: _File) -> None:
         """Go on towards sharing, if everything for the next step is there."""
         if file.stage is Stage.SHARED:
             if file.available > file.granted_pages and self._barred(file) is None:
-                self._leave(file)  # more pages are on offer: let go and ask again
+                self._leave(file, "more-offered")  # more pages are on offer: let go and ask again
             return
         if (
             file.stage is Stage.PLAIN
@@ -1105,8 +1143,8 @@ class Agent:
         if mapped.outcome == MAPPED_DIFFERENT:
             file.poisoned = True
             path = next(iter(file.paths), b"")
-            self._log("file.mismatch", path=path.decode("utf-8", "backslashreplace"), consumer=mapped.consumer)
-            self._leave(file)
+            self._log("file.mismatch", path=path_text(path), consumer=mapped.consumer)
+            self._leave(file, "bytes-differed")
         elif mapped.outcome == MAPPED_DONE and file.stage is Stage.SHARED:
             file.in_vain = 0
             self._drop_if_complete(file)
@@ -1119,7 +1157,7 @@ class Agent:
         if file.uses and all(use.no_room for use in file.uses.values()):
             file.unmapped, file.in_vain = frozenset(file.uses), file.in_vain + 1
             file.retry_at = self._now + self.settings.room_retry
-            self._leave(file)
+            self._leave(file, "no-room")
 
     def _drop_if_complete(self, file: _File) -> None:
         if self.settings.drop and not file.dropped and all(use.pages for use in file.uses.values()):
@@ -1130,10 +1168,12 @@ class Agent:
         if file.version is not None:
             self._act(DropCache(file.key, -(-file.version.identity.size // wire.PAGE_SIZE), file.runs))
 
-    def _leave(self, file: _File) -> None:
+    def _leave(self, file: _File, reason: str) -> None:
         """Bring every consumer of a shared file back to the plain file."""
         if file.stage is not Stage.SHARED:
             return
+        size = file.version.identity.size if file.version is not None else 0
+        self._count("files.returned", reason, file, pages=file.granted_pages, file_bytes=size)
         self._to(file, Stage.LEAVING)
         file.leaving_since, file.hung_logged = self._now, False
         for use, entry in file.uses.items():
@@ -1161,7 +1201,7 @@ class Agent:
                 self._drop_if_complete(file)
                 self._give_up_unmapped(file)
             else:
-                self._leave(file)
+                self._leave(file, "closed")
         elif file.stage is Stage.ASKING and not file.uses:
             # With the last descriptor the lease goes; whoever opens the file next needs a new one.
             self._settle_plain(file, "closed")
@@ -1183,7 +1223,7 @@ class Agent:
             return
         file.broken = True  # while LEASING this may be about the lease before: `_on_lease_taken` gives it back
         if file.stage is Stage.SHARED:
-            self._leave(file)
+            self._leave(file, "writer")
         elif file.stage is Stage.ASKING:
             # Should the broker grant all the same, `_on_granted` gives it back.
             self._settle_plain(file, "lease-broken")
@@ -1197,7 +1237,7 @@ class Agent:
             if file is None or file.stage in (Stage.PLAIN, Stage.LEASING):
                 self._release.append(file_id)
             elif file.stage is Stage.SHARED:
-                self._leave(file)
+                self._leave(file, "broker")
 
     def _on_detach(self, path: bytes | None) -> None:
         if path is None:
@@ -1209,7 +1249,7 @@ class Agent:
             files = [one] if one is not None else []
         for file in files:
             file.detached = True
-            self._leave(file)
+            self._leave(file, "detached")
 
     def _on_reattach(self) -> None:
         self._detach_all = False
@@ -1221,7 +1261,7 @@ class Agent:
     def _on_suspending(self) -> None:
         self._suspending = True
         for key in list(self._shared_keys):
-            self._leave(self._files[key])
+            self._leave(self._files[key], "suspending")
 
     def _on_resumed(self) -> None:
         self._suspending = False
@@ -1246,6 +1286,8 @@ class Agent:
                 self._advance(file)
         if self._welcome is not None and (self._now >= self._stats_at or self._memory_dwindles()):
             self._say_stats()
+        if self._now >= self._tally_at:
+            self._log_tallies()
         if self.settings.drop and self._now >= self._drop_at:
             self._drop_at = self._now + self.settings.drop_interval
             if not self._drop_queue:
@@ -1263,8 +1305,7 @@ class Agent:
             ):
                 file.hung_logged = True
                 hung = sorted({use[0] for use, entry in file.uses.items() if entry.leaving})
-                path = next(iter(file.paths), b"").decode("utf-8", "backslashreplace")
-                self._log("consumer.hung", path=path, consumers=hung)
+                self._log("consumer.hung", path=path_text(next(iter(file.paths), b"")), consumers=hung)
                 for consumer in hung:
                     self._act(CutOff(consumer))
 
@@ -1274,6 +1315,10 @@ class Agent:
         self._stats_at = self._now + self.settings.stats_interval
         self._told = self._memory
         self._act(Send(self._stats()))
+
+    def _say_stats_soon(self) -> None:
+        """Something has come to an end for now: the broker need not wait for the next interval to hear of it."""
+        self._stats_at = min(self._stats_at, self._now + _SOON)
 
     def _memory_dwindles(self) -> bool:
         """Whether the broker should hear at once, so that it gives memory back before the guest runs short of it."""

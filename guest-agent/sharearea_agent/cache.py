@@ -26,16 +26,16 @@ from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Self
 
 from .agent import FileIdentity, FileKey
 from .common.errors import StoreError, StoreFull
-from .common.wire import FINGERPRINT_SIZE
+from .common.wire import CLASSES_SIZE, FINGERPRINT_SIZE, NO_CLASSES
 
 APPLICATION_ID: Final = 0x53416670  # "SAfp"
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 GRANULARITY_NS: Final = 20_000_000  # two ticks of the slowest clock (CONFIG_HZ=100)
 COARSE_GRANULARITY_NS: Final = 2_000_000_000  # FAT's, the coarsest of file systems that keep no sub-seconds
@@ -57,7 +57,7 @@ CREATE TABLE about (epoch BLOB NOT NULL);
 CREATE TABLE files (
     id INTEGER PRIMARY KEY, dev INTEGER NOT NULL, ino INTEGER NOT NULL,
     size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL,
-    pages INTEGER NOT NULL, zero_pages INTEGER NOT NULL, root BLOB,
+    pages INTEGER NOT NULL, zero_pages INTEGER NOT NULL, root BLOB, classes BLOB,
     UNIQUE (dev, ino)
 );
 CREATE TABLE columns (id INTEGER PRIMARY KEY, runs BLOB, fingerprints BLOB NOT NULL);
@@ -93,7 +93,8 @@ class CacheEntry:
     """What is known of one file, without its fingerprints.
 
     `runs`: the pages there are fingerprints for, packed pairs (first, count) of uint32, ascending; None if all pages.
-    `root` is there if and only if all pages are. `trusted`: outlasts any write (see the module's text).
+    `root` is there if and only if all pages are. `trusted`: outlasts any write (see the module's text). `classes`: of
+    its pages, as in wire.Roots.
     """
 
     root: bytes | None
@@ -101,6 +102,7 @@ class CacheEntry:
     page_count: int
     zero_pages: int
     trusted: bool = True
+    classes: bytes = NO_CLASSES
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,11 @@ class _Side:
     @property
     def cost(self) -> int:
         return _SIDE_ENTRY_BYTES + len(self.fingerprints) + len(self.entry.runs or b"")
+
+
+def _none_if_none(classes: bytes) -> bytes | None:
+    """Most files have no classes; nothing takes less room than zeros."""
+    return classes if classes != NO_CLASSES else None
 
 
 def _signed(number: int) -> int:
@@ -324,7 +331,8 @@ class FingerprintCache:
         if self._db is None:
             return None
         row = self._db.execute(
-            "SELECT id, size, mtime_ns, ctime_ns, pages, zero_pages, root FROM files WHERE dev = ? AND ino = ?",
+            "SELECT id, size, mtime_ns, ctime_ns, pages, zero_pages, root, classes FROM files"
+            " WHERE dev = ? AND ino = ?",
             (_signed(key.dev), _signed(key.ino)),
         ).fetchone()
         if row is None or (row[1], row[2], row[3]) != identity:
@@ -335,7 +343,9 @@ class FingerprintCache:
             if found is None:
                 raise sqlite3.DatabaseError("a file without its columns")
             runs = found[0]
-        return row[0], CacheEntry(row[6], runs, row[4], row[5])
+        return row[0], CacheEntry(
+            row[6], runs, row[4], row[5], classes=row[7] if len(row[7] or b"") == CLASSES_SIZE else NO_CLASSES
+        )
 
     def get(self, key: FileKey, identity: FileIdentity) -> CacheEntry | None:
         """Return what is known of a file of this identity. During a scan this marks the row as seen.
@@ -431,7 +441,7 @@ class FingerprintCache:
         if len(fingerprints) != entry.page_count * FINGERPRINT_SIZE or (entry.root is None) != (entry.runs is not None):
             raise ValueError("an entry whose columns do not fit")
         due = trusted_from_ns(identity, began_ns)
-        kept = CacheEntry(entry.root, entry.runs, entry.page_count, entry.zero_pages, due is None)
+        kept = replace(entry, trusted=due is None)
         if due is not None or not self._store(key, identity, kept, fingerprints):
             self._put_aside(key, _Side(identity, kept, fingerprints, due or 0))
         else:
@@ -461,12 +471,12 @@ class FingerprintCache:
         try:
             self._begin()
             (number,) = self._db.execute(
-                "INSERT INTO files (dev, ino, size, mtime_ns, ctime_ns, pages, zero_pages, root)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+                "INSERT INTO files (dev, ino, size, mtime_ns, ctime_ns, pages, zero_pages, root, classes)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
                 " ON CONFLICT (dev, ino) DO UPDATE SET size = excluded.size, mtime_ns = excluded.mtime_ns,"
                 " ctime_ns = excluded.ctime_ns, pages = excluded.pages, zero_pages = excluded.zero_pages,"
-                " root = excluded.root RETURNING id",
-                (*inode, *identity, entry.page_count, entry.zero_pages, entry.root),
+                " root = excluded.root, classes = excluded.classes RETURNING id",
+                (*inode, *identity, entry.page_count, entry.zero_pages, entry.root, _none_if_none(entry.classes)),
             ).fetchone()
             self._db.execute(
                 "INSERT OR REPLACE INTO columns (id, runs, fingerprints) VALUES (?, ?, ?)",

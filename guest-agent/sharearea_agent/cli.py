@@ -79,7 +79,8 @@ def _run(options: argparse.Namespace) -> int:
     from .runner import Runner
 
     config = AgentConfig.load(options.config)
-    runner = Runner(config, EventLog("sharearea-agent", config.log_level))
+    file = Path(config.log_file) if config.log_file else None
+    runner = Runner(config, EventLog("sharearea-agent", config.log_level, file=file))
     try:
         runner.open()
         runner.run()

@@ -65,6 +65,8 @@ class AgentConfig:
     drop_interval: float = field(default=5.0, metadata=key(schema.Duration(0.1, 3600)))
     max_attached_files: int = field(default=4096, metadata=key(schema.Integer(1, MAX_HELD)))
     reconnect_max: float = field(default=30.0, metadata=key(schema.Duration(1, 3600)))
+    log_file: str = field(default="", metadata=key(schema.OptionalPath('"/var/log/sharearea-agent/agent.log"')))
+    events_interval: float = field(default=10.0, metadata=key(schema.Duration(0.1, 3600)))
     log_level: str = field(default="info", metadata=key(schema.Choice(("debug", "info", "warning", "error"))))
 
     @classmethod

@@ -151,7 +151,7 @@ class ConsumerHub:
         except LinkClosed:
             self._drop(consumer)
         except ProtocolError as error:
-            self._log("consumer.refused", detail=error.message, pid=consumer.pid, uid=consumer.uid)
+            self._log("consumer.refused", detail=error.message, consumer_pid=consumer.pid, uid=consumer.uid)
             self._drop(consumer)
 
     def _handle(self, consumer: _Consumer, messages: deque[tuple[Message, int | None]]) -> None:
@@ -319,7 +319,7 @@ class ConsumerHub:
         except LinkClosed:
             self._drop(consumer)
         except (QueueFull, HostError) as error:
-            self._log("consumer.refused", detail=error.message, pid=consumer.pid, uid=consumer.uid)
+            self._log("consumer.refused", detail=error.message, consumer_pid=consumer.pid, uid=consumer.uid)
             self._drop(consumer)
 
     def _flush(self, consumer: _Consumer) -> None:

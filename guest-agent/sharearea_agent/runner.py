@@ -80,6 +80,7 @@ class Runner:
         self._touched: dict[bytes, None] = {}  # reported paths to look at besides what the watch says
         self._full_scans = 0
         self._scan_errors: dict[str, int] = {}
+        self._left_out: dict[str, tuple[int, int]] = {}  # as it was logged last
         self._stopping = False
         self._next_tick = 0.0
         self._started = time.monotonic()
@@ -96,6 +97,7 @@ class Runner:
             lease_timeout=config.lease_timeout,
             reconnect_max=config.reconnect_max,
             max_attached_files=config.max_attached_files,
+            events_interval=config.events_interval,
             mappings_off=self._mappings_off[0],
         )
         self.agent = Agent(settings, SystemRandom().random)
@@ -138,7 +140,8 @@ class Runner:
         self._undo.callback(self._watch.close)
         for error in self._watch.start():
             self.log.event("watch.limited", detail=error.message, hint=error.hint)
-        self.log.event("agent.started", name=config.name, folders=[str(folder) for folder in config.folders])
+        self.log.about(domain=config.name)
+        self.log.event("agent.started", folders=[str(folder) for folder in config.folders])
         reason, hint = self._mappings_off
         if reason or hint:
             self.log.event("mappings.limited", reason=reason, hint=hint)
@@ -190,6 +193,7 @@ class Runner:
         """Work until SIGTERM, SIGINT or stop()."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.stop())
+        signal.signal(signal.SIGHUP, lambda *_: self.log.reopen())
         signal.set_wakeup_fd(self._wake_out.fileno(), warn_on_full_buffer=False)
         self._undo.callback(signal.set_wakeup_fd, -1)
         while not self._stopping:
@@ -221,6 +225,8 @@ class Runner:
 
     def close(self) -> None:
         """Close everything."""
+        for action in self.agent.last_words():
+            self._act(action)
         if self._link is not None:
             self._hang_up()
         self._undo.close()
@@ -429,6 +435,10 @@ class Runner:
                 self._hub.segments_gone(self._mapper.forget(action.segments))
             case agent.Log():
                 fields = dict(action.fields)
+                if action.event == "domain.joined":
+                    self.log.about(domain=fields["domain"], pool=fields["pool"])
+                if "consumer" in fields:
+                    fields["consumer"] = self._hub.describe(action.fields["consumer"])  # type: ignore[arg-type]
                 if "consumers" in fields:
                     fields["consumers"] = [self._hub.describe(consumer) for consumer in action.fields["consumers"]]  # type: ignore[attr-defined]
                 self.log.event(action.event, **fields)
@@ -551,7 +561,7 @@ class Runner:
         elapsed_ns = int((time.monotonic() - begun) * 1e9)
         counters = scanner.take_counters()
         errors = self._cache.take_errors() if self._cache is not None else []
-        yield lambda: self._scan_finished(walk.seen, elapsed_ns, counters, [error.message for error in errors])
+        yield lambda: self._scan_finished(walk, elapsed_ns, counters, [error.message for error in errors])
 
     def _pass(self, looking: Pass) -> Steps:
         epoch = self._cache_epoch
@@ -563,7 +573,8 @@ class Runner:
         if self._scanner_of is not None and self._scanner_of[0] == epoch:
             self._events.append(agent.Observed(batch))
 
-    def _scan_finished(self, seen: set[bytes], elapsed_ns: int, counters: Counters, errors: list[str]) -> None:
+    def _scan_finished(self, walk: Pass, elapsed_ns: int, counters: Counters, errors: list[str]) -> None:
+        seen = walk.seen
         self._full_scans += 1
         self._scanning = False
         gone = vanished(self.agent.paths(), seen)
@@ -582,8 +593,22 @@ class Runner:
                 cache_hits=counters.cache_hits,
                 fingerprinted_pages=counters.pages_fingerprinted,
                 read_bytes=counters.bytes_read,
-                errors=counters.errors,
+                failed_files=sum(counters.errors.values()),
+                **{f"failed_{kind.replace('-', '_')}_files": count for kind, count in counters.errors.items()},
             )
+
+        left_out = {reason: (counted.files, counted.file_bytes) for reason, counted in walk.left_out.items()}
+        for reason, counted in walk.left_out.items():
+            if self._left_out.get(reason) != left_out[reason]:
+                self.log.event(
+                    "files.refused",
+                    stage="scan",
+                    reason=reason,
+                    files=counted.files,
+                    file_bytes=counted.file_bytes,
+                    examples=counted.examples,
+                )
+        self._left_out = left_out
 
     def _log_details(self, event: str, details: list[str]) -> None:
         for detail in details:
@@ -721,6 +746,7 @@ class Runner:
                     "dropping": bool(self._drops),
                     "reporting": self.agent.reporting or bool(self._wanted),
                     "leases": len(self._leases),
+                    "log_lines_dropped": self.log.dropped,
                 }
                 return status
             case "detach":

@@ -19,6 +19,7 @@ When files are scanned, what is told to the broker and which files share is agen
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -34,9 +35,11 @@ from typing import Final
 from .agent import FileIdentity, FileKey, Observation
 from .cache import CacheEntry, FingerprintCache, trusted_from_ns
 from .common import native
+from .common.elf import page_classes
 from .common.errors import NativeError
+from .common.events import MAX_EXAMPLES, path_text
 from .common.globs import GlobError, Outcome, PathFilter
-from .common.wire import FINGERPRINT_SIZE, MAX_FETCH_PAGES, MAX_FILE_PAGES, MAX_PATH, PAGE_SIZE
+from .common.wire import FINGERPRINT_SIZE, MAX_FETCH_PAGES, MAX_FILE_PAGES, MAX_PATH, NO_CLASSES, PAGE_SIZE
 
 CHUNK_PAGES: Final = 4096  # 16 MiB between two looks at whether to go on
 BATCH_FILES: Final = 64
@@ -172,7 +175,21 @@ class Counters:
 
 
 class _NotHere(Exception):
-    """There is no file at this path that could be reported."""
+    """There is no file at this path that could be reported. `reason`: why a file that is there is left out."""
+
+    def __init__(self, reason: str = "", size: int = 0) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.size = size
+
+
+@dataclass(slots=True)
+class LeftOut:
+    """Files that are there and not reported, for one reason: how many, their sizes added up, a few paths."""
+
+    files: int = 0
+    file_bytes: int = 0
+    examples: list[str] = field(default_factory=list)
 
 
 class _Changing(Exception):
@@ -194,7 +211,17 @@ class Pass:
         self.complete = False
         self.seen: set[bytes] = set()
         self.vanished: list[bytes] = []
+        self.left_out: dict[str, LeftOut] = {}
+        """By reason: SCAN_REFUSALS of common/events.py. What lies in a folder that is not walked is not counted."""
         self._batches = batches(self)
+
+    def leave_out(self, path: bytes, reason: str, size: int) -> None:
+        """Count a file that is not reported."""
+        counted = self.left_out.setdefault(reason, LeftOut())
+        counted.files += 1
+        counted.file_bytes += size
+        if len(counted.examples) < MAX_EXAMPLES:
+            counted.examples.append(path_text(path))
 
     def __iter__(self) -> Iterator[tuple[Observation, ...]]:
         return self._batches
@@ -320,14 +347,17 @@ class Scanner:
 
     def _check_file(self, status: os.stat_result, device: int | None) -> None:
         """Raise _NotHere unless a file with this status may be reported."""
-        if (
-            not stat.S_ISREG(status.st_mode)
-            or not self._smallest <= status.st_size <= self._largest
-            or (self.settings.world_readable and not status.st_mode & 0o004)
-            or (self.settings.one_file_system and device is not None and status.st_dev != device)
-            or self.cache.is_own(FileKey(status.st_dev, status.st_ino))
-        ):
+        if not stat.S_ISREG(status.st_mode) or self.cache.is_own(FileKey(status.st_dev, status.st_ino)):
             raise _NotHere
+        if status.st_size < self._smallest:
+            # A file without a page is nothing that could be shared.
+            raise _NotHere("too-small" if status.st_size else "", status.st_size)
+        if status.st_size > self._largest:
+            raise _NotHere("too-large", status.st_size)
+        if self.settings.world_readable and not status.st_mode & 0o004:
+            raise _NotHere("not-world-readable", status.st_size)
+        if self.settings.one_file_system and device is not None and status.st_dev != device:
+            raise _NotHere("other-file-system", status.st_size)
 
     def _open_file(self, name: bytes, at: int, device: int | None) -> tuple[int, os.stat_result]:
         """Open a file that may be reported. Raises _NotHere."""
@@ -513,8 +543,14 @@ class Scanner:
                 path = folder + b"/" + name
                 if len(path) > MAX_PATH:
                     self._count_error("path-too-long")
-                elif self._filter.decide(path)[0] is Outcome.PASS:
+                    continue
+                outcome, _ = self._filter.decide(path)
+                if outcome is Outcome.PASS:
                     yield from self._file(walk, path, partial(self._open_file, name, fd, device))
+                    continue
+                with contextlib.suppress(OSError):
+                    size = entry.stat(follow_symlinks=False).st_size
+                    walk.leave_out(path, "excluded" if outcome is Outcome.EXCLUDED else "not-included", size)
 
     def _look_at_paths(self, look: Pass, paths: tuple[bytes, ...]) -> Iterator[Observation | None]:
         for path in paths:
@@ -528,7 +564,11 @@ class Scanner:
         """Observe one file: steps without an observation, then at the most one."""
         try:
             fd, status = opened()
-        except (_NotHere, FileNotFoundError):
+        except _NotHere as what:
+            if what.reason:
+                found.leave_out(path, what.reason, what.size)
+            return
+        except FileNotFoundError:
             return
         except OSError as error:
             self._count_error(_KINDS.get(error.errno or 0, "io"))
@@ -637,11 +677,21 @@ class Scanner:
                 at += count * FINGERPRINT_SIZE
         if not parts:
             return Observation(path, key, identity, None, b"", 0, 0)  # evicted before it was read
-        fresh, fingerprints = _assemble(parts, identity.size, zero_pages)
+        classes = entry.classes if entry is not None else NO_CLASSES
+        if classes == NO_CLASSES:
+            classes = self._page_classes(fd, identity.size)
+        fresh, fingerprints = _assemble(parts, identity.size, zero_pages, classes)
         due = self.cache.put(key, identity, fresh, fingerprints, began)
         if due is not None:
             self._look_again(path, due)
         return _observation(path, key, identity, fresh)
+
+    def _page_classes(self, fd: int, size: int) -> bytes:
+        """Look at the head of a file, if that is resident."""
+        head, _, states = native.read_pages(fd, self._key, size, 0, 1)
+        if native.PAGE_ABSENT in states:
+            return NO_CLASSES
+        return page_classes(bytes(head), -(-size // PAGE_SIZE))
 
     # -------------------------------------------------------------------------------------------- what is asked for
 
@@ -784,7 +834,9 @@ def _key_and_identity(status: os.stat_result) -> tuple[FileKey, FileIdentity]:
     )
 
 
-def _assemble(parts: list[tuple[int, int, bytes | memoryview]], size: int, zero_pages: int) -> tuple[CacheEntry, bytes]:
+def _assemble(
+    parts: list[tuple[int, int, bytes | memoryview]], size: int, zero_pages: int, classes: bytes
+) -> tuple[CacheEntry, bytes]:
     """Put parts (first, count, fingerprints) of a file into one entry and its column."""
     parts.sort(key=lambda part: part[0])
     runs: list[Run] = []
@@ -796,10 +848,12 @@ def _assemble(parts: list[tuple[int, int, bytes | memoryview]], size: int, zero_
     fingerprints = b"".join(part[2] for part in parts)
     page_count = sum(run[1] for run in runs)
     if runs == [(0, -(-size // PAGE_SIZE))]:
-        return CacheEntry(native.file_root(size, fingerprints), None, page_count, zero_pages), fingerprints
-    return CacheEntry(None, pack_runs(runs), page_count, zero_pages), fingerprints
+        return CacheEntry(
+            native.file_root(size, fingerprints), None, page_count, zero_pages, classes=classes
+        ), fingerprints
+    return CacheEntry(None, pack_runs(runs), page_count, zero_pages, classes=classes), fingerprints
 
 
 def _observation(path: bytes, key: FileKey, identity: FileIdentity, entry: CacheEntry) -> Observation:
     pages = None if entry.runs is None else expand(unpack_runs(entry.runs))
-    return Observation(path, key, identity, entry.root, pages, entry.page_count, entry.zero_pages)
+    return Observation(path, key, identity, entry.root, pages, entry.page_count, entry.zero_pages, entry.classes)

@@ -85,13 +85,15 @@ class Backend(Protocol):
         ...
 
 
-def unusable(record: PoolRecord | None, slots: int, max_pages: int) -> str | None:
+def unusable(record: PoolRecord | None, slots: int, rules: PoolRules) -> str | None:
     """Say why what the store has of a pool is of no use, whatever has become of its area."""
+    if rules.mode == "report":
+        return "report-only"
     if record is None or not record.segments:
         return "no-earlier-area"
     if record.slots_per_segment != slots:
         return "segment-size-changed"
-    if sum(len(fingerprints) for fingerprints in record.slots.values()) // wire.FINGERPRINT_SIZE > max_pages:
+    if sum(len(fingerprints) for fingerprints in record.slots.values()) // wire.FINGERPRINT_SIZE > rules.max_pages:
         return "table-too-small"
     return None
 

@@ -54,7 +54,7 @@ class LocalBackend:
         slots = self._config.slots_per_segment
         area = LocalArea(rules.name, key, slots, rules.max_area_bytes)
         self._areas[rules.name] = area
-        why = _adopt(area, record, slots, rules.max_pages, self._inherited)
+        why = _adopt(area, record, slots, rules, self._inherited)
         if why is None and record is not None:
             return Opened(area, record.area, record, None)
         for segment in list(area.segments()):
@@ -127,10 +127,10 @@ def _segment_name(pool: PoolId, segment: int) -> str:
 
 
 def _adopt(
-    area: LocalArea, record: PoolRecord | None, slots: int, max_pages: int, inherited: dict[str, list[int]]
+    area: LocalArea, record: PoolRecord | None, slots: int, rules: PoolRules, inherited: dict[str, list[int]]
 ) -> str | None:
     """Take over every segment that the store knows, from the service manager; say why not all of them came."""
-    why = unusable(record, slots, max_pages)
+    why = unusable(record, slots, rules)
     if why is not None or record is None:
         return why
     for segment, (dev, ino) in record.segments.items():

@@ -78,7 +78,7 @@ class XenBackend:
     def open_area(self, rules: PoolRules, key: bytes, record: PoolRecord | None) -> Opened:
         """Find the area domain by its uuid, check every page in it, read its table; or plan another one."""
         slots = self._config.slots_per_segment
-        why = unusable(record, slots, rules.max_pages)
+        why = unusable(record, slots, rules)
         if record is not None:
             area = self._area(rules, record.area, key)
             if why is None:

@@ -1,142 +1,316 @@
-"""Structured logs of both programs: JSON lines, one event name per kind of line, flat dotted keys.
+"""The lines of both programs: events of the catalogue (events.py) as JSON, one line each, to stderr and to a file.
 
-Conventions: ECS and OpenTelemetry's log model where they have a key, `sharearea.` and KSM's words where they do not;
-units at the end of a name. Never a fingerprint, never a key: fields are numbers, names and reasons. A sink that cannot
-be written drops the line and counts it; a program never stops because of its log.
+A program never stops because of its log, and never waits for it: a sink that cannot take a line at once drops it and
+counts it. When it takes lines again it says first how many are missing. The file may be moved or removed under way
+(logrotate): the next line goes to a new one at the same path.
 """
 
 from __future__ import annotations
 
 import datetime
-import io
 import logging
+import os
+import select
 import socket
+import stat
 import sys
 from collections.abc import MutableMapping
-from typing import Any, Final, TextIO, cast
+from pathlib import Path
+from typing import Any, Final, Protocol, TextIO
 
 import structlog
 
-ECS_VERSION: Final = "8.11.0"
+from . import __version__
+from .errors import HostError
+from .events import COMMON, ECS_VERSION, EVENTS, FIELDS, MAX_PATH_TEXT, MAX_TEXT, SEVERITY
 
-EVENTS: Final[dict[str, tuple[str, str]]] = {
-    # name: (level, what it says)
-    "broker.started": ("info", "the broker serves"),
-    "broker.stopped": ("info", "the broker stopped"),
-    "broker.lost": ("warning", "the connection to the broker ended; consumers keep what they have"),
-    "broker.unreachable": ("warning", "the broker cannot be reached; it is tried again"),
-    "config.warning": ("warning", "the configuration says something that cannot have the effect one would expect"),
-    "broker.limit": ("error", "the broker is at a limit of this host; it goes on with what it has"),
-    "agent.started": ("info", "the agent runs"),
-    "agent.stopped": ("info", "the agent stopped"),
-    "agent.limit": ("error", "the agent is at a limit of this host; it goes on with what it has"),
-    "area.adopted": ("info", "the sharing area of the last broker is served again"),
-    "area.opened": ("info", "a pool begins with an empty sharing area"),
-    "area.lost": ("error", "the sharing area is gone; its pool begins anew with another one"),
-    "store.set_aside": ("warning", "the store could not be used; a fresh one begins"),
-    "store.failed": ("error", "the store could not be written; nothing of the transaction is in force"),
-    "domain.joined": ("info", "a domain shares in its pool"),
-    "domain.refused": ("warning", "a domain may not share"),
-    "domain.unreachable": ("warning", "a domain offers rings that cannot be used"),
-    "domain.left": ("info", "a domain's agent is gone; its grants are kept for the grace time"),
-    "peer.strike": ("warning", "a peer sent what it must not"),
-    "pool.paused": ("error", "nothing more is published for a while"),
-    "pages.published": ("info", "pages are in the sharing area"),
-    "pages.granted": ("info", "a domain may map pages"),
-    "pages.released": ("info", "a domain let go of pages"),
-    "pages.revoked": ("info", "a domain is asked to let go of pages"),
-    "grants.refused": ("warning", "grants were refused: the table or the domain's part of it is full"),
-    "grants.pinned": (
-        "warning",
-        "a domain still maps pages whose grants it has released; they stay counted against it",
-    ),
-    "grants.failed": ("error", "grants could not be written into the area's table; none of them is in force"),
-    "grants.reconciled": ("warning", "after a restart, owners and entries of the area's table were made the same"),
-    "domain.detached": ("info", "a domain's programs go back to their plain files, by the operator's wish"),
-    "domain.reattached": ("info", "a detached domain may share again"),
-    "segment.moved": ("info", "pages of a thinly used segment are in a newer one"),
-    "segment.closed": ("info", "a segment's memory went back to the host"),
-    "memory.taken": ("info", "a domain's memory target was lowered by what it gave up"),
-    "memory.returned": ("info", "a domain's memory target was raised again"),
-    "memory.failed": ("error", "memory targets cannot be read or written; it is tried again"),
-    "pool.statistics": ("info", "what a pool shares now"),
-    "scan.finished": ("info", "the designated folders were looked through"),
-    "scan.failed": ("error", "part of the designated folders could not be looked at"),
-    "cache.noticed": ("info", "something about the fingerprint cache or the globs of the broker"),
-    "cache.failed": ("error", "the fingerprint cache cannot be used; files are read again when they are wanted"),
-    "watch.limited": ("warning", "not every folder can be watched; the periodic scan finds changes there"),
-    "file.mismatch": ("error", "a consumer found other bytes in the area than in the file; the file stays plain"),
-    "consumer.refused": ("warning", "a program sent what it must not; its files stay plain"),
-    "consumer.hung": ("error", "a program does not put its plain files back while a writer waits"),
-    "mappings.limited": ("warning", "pages of the area cannot be shared with this guest's programs, or not safely"),
-    "domain.suspending": ("info", "this domain is about to be suspended; consumers go back to their plain files"),
-    "domain.restored": ("info", "this domain goes on as another one; what was shared is void, and begins anew"),
-    "files.detached": ("info", "consumers go back to their plain files"),
-    "files.reattached": ("info", "consumers may share again"),
-}
+_PROGRAMS: Final = {"sharearea": "broker", "sharearea-agent": "agent"}
+_FILE_MODE: Final = 0o640  # names of domains and files are nobody else's business
 
 
-class _Sink(io.TextIOBase):
-    """A text stream that never fails: what cannot be written is counted."""
+class _Sink(Protocol):
+    """Where lines go. `write` takes a whole line, or nothing of it, and says which."""
+
+    name: str
+    dropped: int
+    unsaid: int  # lines that were dropped since it was last said
+
+    def write(self, line: bytes) -> bool: ...
+
+    def reopen(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Text:
+    """A text stream of this process: for tests."""
+
+    name = "stderr"
 
     def __init__(self, stream: TextIO) -> None:
-        super().__init__()
         self._stream = stream
-        self.dropped = 0
+        self.dropped = self.unsaid = 0
 
-    def write(self, text: str) -> int:
-        """Write a line, or count it as dropped."""
+    def write(self, line: bytes) -> bool:
         try:
-            self._stream.write(text)
-        except (OSError, ValueError):
-            self.dropped += 1
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush what was written."""
-        try:
+            self._stream.write(line.decode())
             self._stream.flush()
         except (OSError, ValueError):
-            self.dropped += 1
+            return False
+        return True
+
+    def reopen(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Descriptor:
+    """A descriptor that is somebody else's: a pipe, a socket, a terminal, a file. It is never waited for."""
+
+    name = "stderr"
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._torn = False
+        self.dropped = self.unsaid = 0
+        self._poll: select.poll | None = None
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                self._poll = select.poll()
+                self._poll.register(fd, select.POLLOUT)
+        except OSError:
+            pass  # closed: every write says so
+
+    def write(self, line: bytes) -> bool:
+        try:
+            # A pipe that is ready takes 4096 bytes at once, which only lines with long paths exceed.
+            if self._poll is not None and not any(event & select.POLLOUT for _, event in self._poll.poll(0)):
+                return False
+            if self._torn:
+                line = b"\n" + line
+            written = os.write(self._fd, line)
+        except (OSError, ValueError):
+            return False
+        self._torn = written < len(line)
+        return not self._torn
+
+    def reopen(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _File:
+    """A file of ours alone. It is opened again when its path names another file, or none."""
+
+    name = "file"
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = -1
+        self._inode: tuple[int, int] | None = None
+        self.dropped = self.unsaid = 0
+
+    def open(self) -> None:
+        """Raise OSError if it cannot be."""
+        # A pipe without a reader is refused instead of waited for.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        self._fd = os.open(self._path, flags, _FILE_MODE)
+        info = os.fstat(self._fd)
+        self._inode = (info.st_dev, info.st_ino)
+
+    def write(self, line: bytes) -> bool:
+        try:
+            self._follow()
+            before = os.fstat(self._fd).st_size
+            written = os.write(self._fd, line)
+            if written == len(line):
+                return True
+            os.ftruncate(self._fd, before)  # no half lines
+        except OSError:
+            pass
+        return False
+
+    def _follow(self) -> None:
+        try:
+            info = os.stat(self._path)
+            if self._fd >= 0 and self._inode == (info.st_dev, info.st_ino):
+                return
+        except FileNotFoundError:
+            pass
+        self.close()
+        self.open()
+
+    def reopen(self) -> None:
+        self.close()  # the next line opens it
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._inode = -1, None
+
+
+class _Lines:
+    """What structlog hands rendered lines to: all sinks."""
+
+    def __init__(self, log: EventLog) -> None:
+        self._log = log
+
+    def msg(self, line: str) -> None:
+        self._log.put(line)
+
+    debug = info = warning = error = msg
 
 
 class EventLog:
-    """Writes events of one program as JSON lines."""
+    """Writes events of one program as JSON lines. One thread may use it.
 
-    def __init__(self, service: str, level: str = "info", stream: TextIO | None = None) -> None:
-        self._sink = _Sink(stream or sys.stderr)
+    `stream`: instead of the process's stderr. `file`: a file besides, which may be moved away at any time. Raises
+    HostError if that cannot be opened now; what happens to it later costs lines only.
+    """
+
+    def __init__(
+        self, service: str, level: str = "info", stream: TextIO | None = None, *, file: Path | None = None
+    ) -> None:
         self._level: int = getattr(logging, level.upper())
-        common: dict[str, Any] = {
+        self._sequence = 0
+        self._about: dict[str, object] = {}
+        self._sinks: list[_Sink] = [_Text(stream) if stream is not None else _Descriptor(_stderr())]
+        if file is not None:
+            self._sinks.append(_opened(file))
+        self._common: dict[str, object] = {
             "ecs.version": ECS_VERSION,
-            "event.dataset": f"{service}.events",
+            "event.module": "sharearea",
+            "event.dataset": f"sharearea.{_PROGRAMS.get(service, service)}",
             "service.name": service,
+            "service.version": __version__,
             "host.name": socket.gethostname(),
+            "process.pid": os.getpid(),
         }
         self._logger: Any = structlog.wrap_logger(
-            structlog.PrintLogger(file=cast(TextIO, self._sink)),
+            _Lines(self),
             processors=[_stamp, structlog.processors.JSONRenderer(default=repr)],
             wrapper_class=structlog.BoundLogger,
             cache_logger_on_first_use=False,
-        ).bind(**common)
+        )
 
     @property
     def dropped(self) -> int:
-        """Return how many lines could not be written."""
-        return self._sink.dropped
+        """Return how many lines could not be written, over all sinks."""
+        return sum(sink.dropped for sink in self._sinks)
+
+    def about(self, **fields: object) -> None:
+        """Put these fields into every later line, unless its event has its own."""
+        self._about |= fields
 
     def event(self, event: str, **fields: object) -> None:
-        """Write one event of the catalogue. `domain`, `pages`, ... become `sharearea.domain`, `sharearea.pages`, ..."""
-        level, message = EVENTS[event]
+        """Write one event of the catalogue. What is None or "" is left out; `detail` of a failure is its error."""
+        level = EVENTS[event].level
         if getattr(logging, level.upper()) < self._level:
             return
-        keys = {f"sharearea.{name}": value for name, value in fields.items()}
-        method = getattr(self._logger, level)
-        method(message, **{"event.name": event, "log.level": level}, **keys)
+        self._sequence += 1
+        self._write(event, self._about | fields, self._sequence)
+
+    def _write(self, event: str, fields: dict[str, object], sequence: int) -> None:
+        kind = EVENTS[event]
+        said: dict[str, object] = {
+            "event.name": event,
+            "event.action": event,
+            "event.kind": kind.kind,
+            "event.category": [kind.category],
+            "event.type": list(kind.type),
+            "event.outcome": kind.outcome,
+            "event.severity": SEVERITY[kind.level],
+            "event.sequence": sequence,
+            "log.level": kind.level,
+        }
+        for name, value in fields.items():
+            if name == "detail" and "error" in kind.fields:
+                name = "error"  # ECS has a key for what went wrong
+            if value is not None and value != "":
+                known = FIELDS.get(name)
+                said[known.key if known is not None else f"sharearea.{name}"] = _cut(value, name)
+        getattr(self._logger, kind.level)(kind.message, **self._common, **said)
+
+    def put(self, line: str) -> None:
+        """Hand a rendered line to every sink: structlog's side of this object."""
+        data = line.encode() + b"\n"
+        for sink in self._sinks:
+            if (sink.unsaid and not self._say_dropped(sink)) or not sink.write(data):
+                sink.dropped += 1
+                sink.unsaid += 1
+
+    def _say_dropped(self, sink: _Sink) -> bool:
+        """Tell a sink that it lacks lines, in the place of the last of them; return whether it can be told."""
+        sinks, self._sinks = self._sinks, [_Once(sink)]
+        try:
+            self._write("log.dropped", self._about | {"lines": sink.unsaid, "sink": sink.name}, self._sequence - 1)
+            said = self._sinks[0].dropped == 0
+        finally:
+            self._sinks = sinks
+        if said:
+            sink.unsaid = 0
+        return said
+
+    def reopen(self) -> None:
+        """Open the file again at its path: after SIGHUP. Without it, the next line notices by itself."""
+        for sink in self._sinks:
+            sink.reopen()
+
+    def close(self) -> None:
+        """Close the file. A later line opens it again."""
+        for sink in self._sinks:
+            sink.close()
+
+
+class _Once:
+    """One line for a sink, whose losses are not counted."""
+
+    unsaid = 0
+
+    def __init__(self, sink: _Sink) -> None:
+        self._sink = sink
+        self.name = sink.name
+        self.dropped = 0
+
+    def write(self, line: bytes) -> bool:
+        return self._sink.write(line)
+
+    def reopen(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _stderr() -> int:
+    try:
+        return sys.stderr.fileno()
+    except (OSError, ValueError, AttributeError):
+        return 2
+
+
+def _opened(path: Path) -> _File:
+    sink = _File(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+        sink.open()
+    except OSError as error:
+        raise HostError(
+            f"cannot open the log file {path}: {error.strerror}", "check its folder and rights, or leave log_file out"
+        ) from None
+    return sink
+
+
+def _cut(value: object, name: str) -> object:
+    """Shorten what a peer may have made long."""
+    if isinstance(value, str):
+        return value[: MAX_PATH_TEXT if name == "path" else MAX_TEXT]
+    if isinstance(value, list | tuple):
+        return [item[:MAX_TEXT] if isinstance(item, str) else item for item in value]
+    return value
 
 
 def _stamp(_: object, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Put the time first and the message under its ECS name."""
+    """Put the time first, then the keys that every line has, in their order."""
     now = datetime.datetime.now(tz=datetime.UTC)
-    message = line.pop("event")
-    stamped = {"@timestamp": now.isoformat(timespec="milliseconds").replace("+00:00", "Z"), "message": message}
-    return stamped | dict(line)
+    line["message"] = line.pop("event")
+    line["@timestamp"] = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return {field.key: line.pop(field.key) for field in COMMON} | dict(line)

@@ -803,6 +803,18 @@ class TableTotals(NamedTuple):
     pending: int
     memory_bytes: int
     by_holders: tuple[int, int, int, int, int, int, int, int]
+    by_mappings: tuple[int, int, int, int, int, int, int]
+
+
+class TableCensus(NamedTuple):
+    """Counts over a stretch of pages, in the order and by the names of sharearea.pagetable.Census."""
+
+    common: int
+    copies: int
+    end: int
+    held: bytes
+    held_common: bytes
+    share: bytes
 
 
 class NativePageTable(_Owned):
@@ -812,7 +824,7 @@ class NativePageTable(_Owned):
     full TableFull; nothing has changed then.
     """
 
-    __slots__ = ()
+    __slots__ = ("_max_holders",)
 
     def __init__(self, seed: bytes, zero_fp: bytes, max_holders: int, max_pages: int) -> None:
         ret = ffi.new("sa_table **")
@@ -825,6 +837,7 @@ class NativePageTable(_Owned):
             ret,
         )
         super().__init__(ret[0], lib.sa_table_destroy)
+        self._max_holders = max_holders
 
     def intern(self, fps: BytesLike) -> bytes:
         """Find or add fingerprints, one reference for each occurrence, and return their ids."""
@@ -945,6 +958,22 @@ class NativePageTable(_Owned):
             pending=int(totals.pending),
             memory_bytes=int(totals.memory_bytes),
             by_holders=tuple(ffi.unpack(totals.by_holders, 8)),
+            by_mappings=tuple(ffi.unpack(totals.by_mappings, 7)),
+        )
+
+    def census(self, first: int, n: int, k: int) -> TableCensus:
+        """Count pages [first, first + n): those that k holders have, and what each holder has of them."""
+        census = ffi.new("struct sa_table_census *")
+        held, common, share = (ffi.new("uint64_t[]", self._max_holders) for _ in range(3))
+        self._do("sa_table_census", first, n, k, held, common, share, census)
+        size = 8 * self._max_holders
+        return TableCensus(
+            int(census.common),
+            int(census.copies),
+            int(census.end),
+            _taken(held, size),
+            _taken(common, size),
+            _taken(share, size),
         )
 
     def _room(self, asked: int, total: str) -> int:

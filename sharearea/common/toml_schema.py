@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import ipaddress
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -341,6 +342,55 @@ class AbsolutePath:
         else:
             return Path(value)
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class OptionalPath:
+    """An absolute path as AbsolutePath takes it, or an empty text for none. Becomes a text."""
+
+    example: str
+    expected: str = "an absolute path, or an empty text"
+
+    def read(self, value: object, where: str, problems: Problems) -> str | None:
+        """Return the path."""
+        if value == "":
+            return ""
+        path = AbsolutePath(self.example, self.expected).read(value, where, problems)
+        return None if path is None else str(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """An address and a port to listen on, as `127.0.0.1:9420` or `[::1]:9420`, or an empty text for none."""
+
+    example: str = '"127.0.0.1:9420"'
+    expected: str = "an IP address and a port, as `127.0.0.1:9420` or `[::1]:9420`, or an empty text"
+
+    def read(self, value: object, where: str, problems: Problems) -> str | None:
+        """Return the text."""
+        if value == "":
+            return ""
+        if type(value) is str:
+            try:
+                split_address(value)
+            except ValueError:
+                pass
+            else:
+                return value
+        _mismatch(self, value, where, problems)
+        return None
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """Return the address and the port of a text as Listen takes it. ValueError for any other."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not re.fullmatch(r"[0-9]{1,5}", port, re.ASCII) or not 0 <= int(port) <= 65_535:
+        raise ValueError(text)
+    bracketed = host.startswith("[") and host.endswith("]")
+    address = ipaddress.ip_address(host[1:-1] if bracketed else host)
+    if (address.version == 6) != bracketed:
+        raise ValueError(text)
+    return str(address), int(port)
 
 
 def socket_path(example: str) -> AbsolutePath:

@@ -40,6 +40,8 @@ MAX_GLOBS = 256
 MAX_DOMID = 0x7FEF  # Xen's highest number of a real domain
 
 NO_ROOT = bytes(FINGERPRINT_SIZE)
+CLASSES_SIZE = 16
+NO_CLASSES = bytes(CLASSES_SIZE)
 
 _HEADER: Final = 4
 _UTF8: Final = 4  # bytes that one character may take
@@ -66,6 +68,7 @@ class Verdict(enum.IntEnum):
     ROOT_MISMATCH = 12
     GRANT_BUDGET = 13  # the table of grants or the domain's part of it has no room (Xen)
     DETACHED = 14  # the operator has detached the domain
+    REPORT_ONLY = 15  # the file was taken up; nothing is shared in this pool, which only finds out what would be
 
     @property
     def code(self) -> str:
@@ -79,6 +82,11 @@ class WithdrawReason(enum.IntEnum):
     UNKNOWN_GRANT = 1  # the broker has no such owner: it restarted with another area, or waited in vain
     MOVING = 2  # the pages are in a newer segment; an offer follows
     OPERATOR = 3
+
+    @property
+    def code(self) -> str:
+        """Return the stable reason code of logs and documents, as `unknown-grant`."""
+        return self.name.lower().replace("_", "-")
 
 
 # ---------------------------------------------------------------------------------------------- kinds of fields
@@ -209,7 +217,11 @@ class Hello(Message):
 
 @dataclass(frozen=True, slots=True)
 class Roots(Message):
-    """Files, by their roots. A file that is not wholly resident has NO_ROOT and says how many pages it will report."""
+    """Files, by their roots. A file that is not wholly resident has NO_ROOT and says how many pages it will report.
+
+    `classes` has four uint32 for each file: first page and count of its executable text, first page and count of what
+    is mapped read-only; zeros for a file that is no program. They are for statistics only.
+    """
 
     TYPE: ClassVar[int] = 2
     ids: bytes = column(4, MAX_REPORT_FILES)
@@ -217,6 +229,7 @@ class Roots(Message):
     counts: bytes = column(4, MAX_REPORT_FILES)
     roots: bytes = column(FINGERPRINT_SIZE, MAX_REPORT_FILES)
     paths: tuple[bytes, ...] = blobs(MAX_REPORT_FILES, MAX_PATH)
+    classes: bytes = column(CLASSES_SIZE, MAX_REPORT_FILES)
 
     def check(self) -> None:
         _same_length(
@@ -226,6 +239,7 @@ class Roots(Message):
             counts=(len(self.counts), 4),
             roots=(len(self.roots), FINGERPRINT_SIZE),
             paths=(len(self.paths), 1),
+            classes=(len(self.classes), CLASSES_SIZE),
         )
 
 

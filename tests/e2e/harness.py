@@ -29,6 +29,7 @@ from typing import Any
 from sharearea.common import native
 from sharearea.common.control import ask
 from sharearea.common.errors import PeerUnreachable, ShareareaError
+from tests.lines import faults, read
 
 HERE = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent
@@ -221,6 +222,7 @@ class Domain:
             "settle": "50 ms",
             "drop_interval": "100 ms",
             "reconnect_max": "1 s",
+            "events_interval": "500 ms",
         } | keys
         self.config.write_text("[agent]\n" + toml(values))
 
@@ -297,6 +299,7 @@ class Host:
         self.domains: list[Domain] = []
         self.processes: list[Process] = []
         self.tracebacks_allowed = False
+        self.lines_unchecked = False  # lines are lost on purpose
 
     def add(self, process: Process) -> Process:
         """Remember a process, to end it."""
@@ -312,6 +315,9 @@ class Host:
             "state_dir": str(self.state_dir),
             "segment_bytes": "8 MiB",
             "grace": "1 s",
+            "events_interval": "500 ms",
+            "status_interval": "1 s",
+            "file_statistics_interval": "1 s",
         } | (broker or {})
         rules: dict[str, object] = {"min_file_bytes": 1, "default_exclude": False} | (pool or {})
         self.config.write_text(
@@ -459,6 +465,8 @@ class Host:
                         stream.close()
         shutil.rmtree(self.sockets)
         assert not failures, f"{failures}\n{self.logs()}"
+        wrong = [f"{log.name}: {fault}" for log in self.folder.glob("*.log") for fault in faults(read(log))]
+        assert not wrong or self.lines_unchecked, "\n".join(wrong[:20])
         broken = [log.name for log in self.folder.glob("*.log") if "Traceback" in log.read_text(errors="replace")]
         assert not broken or self.tracebacks_allowed, f"tracebacks in {broken}\n{self.logs()}"
 

@@ -48,7 +48,7 @@ def test_agent_killed(host: Host) -> None:
         report = program.ask("stop", name="all")
         assert report["faults"] == []
         assert report["shared_rounds"]
-    released = wait("releases in the log", lambda: host.events("pages.released"))
+    released = wait("releases in the log", lambda: host.events("pages.revoked"))
     assert {event["sharearea.domain"] for event in released} == {domain.name}
 
 
@@ -254,7 +254,7 @@ def test_hung_program_holds_a_writer_for_a_bounded_time(host: Host, lease_break_
     writer.join()
     [event] = wait("an event", lambda: domain.running.events("consumer.hung"))
     assert event["sharearea.consumers"] == [f"pid {hung.pid} uid {os.getuid()}"]
-    assert event["sharearea.path"] == "/f.bin"
+    assert event["file.path"] == "/f.bin"
     assert well.ask("hash", name="f") == digest(now)
     hung.send(signal.SIGCONT)
     hung.wait_shared(0)

@@ -86,13 +86,19 @@ def _descriptors(sock: socket.socket) -> None:
 
 def _twice_reported(sock: socket.socket) -> None:
     ids, sizes, counts = array("I", [1, 1]), array("Q", [PAGE, PAGE]), array("I", [1, 1])
-    roots = wire.Roots(ids.tobytes(), sizes.tobytes(), counts.tobytes(), os.urandom(64), (b"/a", b"/b"))
+    columns = (ids.tobytes(), sizes.tobytes(), counts.tobytes(), os.urandom(64), (b"/a", b"/b"))
+    roots = wire.Roots(*columns, bytes(2 * wire.CLASSES_SIZE))
     _quietly_send(sock, _hello("d9") + AGENT_TO_BROKER.encode(roots))
 
 
 def _impossible_counts(sock: socket.socket) -> None:
     roots = wire.Roots(
-        array("I", [1]).tobytes(), array("Q", [PAGE]).tobytes(), array("I", [9]).tobytes(), os.urandom(32), (b"/a",)
+        array("I", [1]).tobytes(),
+        array("Q", [PAGE]).tobytes(),
+        array("I", [9]).tobytes(),
+        os.urandom(32),
+        (b"/a",),
+        wire.NO_CLASSES,
     )
     _quietly_send(sock, _hello("d9") + AGENT_TO_BROKER.encode(roots))
 
@@ -149,8 +155,8 @@ def test_what_the_broker_must_not_be_sent(sharing: tuple[Host, Domain, Consumer,
         strikes = wait("a strike in the log", lambda n: len(host.events("peer.strike")) == n, number)
         assert strikes
         strike = host.events("peer.strike")[-1]
-        assert strike["sharearea.reason"] == "malformed"
-        assert strike["sharearea.detail"].startswith(text)
+        assert strike["event.reason"] == "malformed"
+        assert strike["error.message"].startswith(text)
         assert strike["sharearea.uid"] == os.getuid()
         # The reason was told, unless the unread rest of what was sent reset the connection.
         refused = [message for message in said if isinstance(message, wire.Refused)]
@@ -172,7 +178,7 @@ def test_who_may_not_join(sharing: tuple[Host, Domain, Consumer, bytes]) -> None
         assert isinstance(said, wire.Refused)
         assert reason in (None, said.reason)
         event = host.events("domain.refused")[-1]
-        assert (event["sharearea.domain"], event["sharearea.reason"]) == (name, said.reason)
+        assert (event["sharearea.domain"], event["event.reason"]) == (name, said.reason)
     _still_well(host, program, data)
 
 
@@ -207,7 +213,7 @@ def test_the_kernel_says_who_a_peer_is(host: Host) -> None:
     )
     assert done.returncode == 0, done.stderr
     event = host.events("domain.refused")[-1]
-    assert event["sharearea.reason"] == done.stdout.strip()
+    assert event["event.reason"] == done.stdout.strip()
     assert event["sharearea.uid"] == 65534
 
 
@@ -282,8 +288,8 @@ def test_what_the_agent_must_not_be_sent(sharing: tuple[Host, Domain, Consumer, 
         strikes += 1
         wait(f"a strike for {what}", lambda n: len(domain.running.events("consumer.refused")) == n, strikes)
         event = domain.running.events("consumer.refused")[-1]
-        assert event["sharearea.detail"].startswith("a descriptor that does not give the right to read"), what
-        assert event["sharearea.pid"] == os.getpid()
+        assert event["error.message"].startswith("a descriptor that does not give the right to read"), what
+        assert event["sharearea.consumer_pid"] == os.getpid()
     raw: list[tuple[bytes, list[int]]] = [
         (random.Random(2).randbytes(5000), []),
         (struct.pack("<I", 1 << 31), []),

@@ -57,8 +57,8 @@ def test_area_full(host: Host) -> None:
     for domain in host.domains:
         domain.write("large.bin", large)
     [event] = wait("the event", lambda: host.events("pool.paused"))
-    assert event["sharearea.reason"] == "area-full"
-    assert "limit" in event["sharearea.detail"]
+    assert event["event.reason"] == "area-full"
+    assert "limit" in event["error.message"]
     assert host.pool()["paused"] == "area-full"
     assert host.pool()["area_bytes"] <= 8 * MIB
     # What fitted is shared, the rest is the plain file.
@@ -105,7 +105,7 @@ def test_store_full(disk_path: Path) -> None:
         for domain in host.domains:
             domain.write("large.bin", large)
         [event] = wait("the event", lambda: host.events("pool.paused"))
-        assert event["sharearea.reason"] == "store-full"
+        assert event["event.reason"] == "store-full"
         assert host.pool()["paused"] == "store-full"
         _went_on(program)
         assert host.running.alive
@@ -151,8 +151,8 @@ def test_disk_of_the_store_full(small_disk: Path, host: Host) -> None:
     for domain in host.domains:
         domain.write("large.bin", large)
     [event] = wait("the event", lambda: host.events("pool.paused"))
-    assert event["sharearea.reason"] == "store-full"
-    assert "full" in event["sharearea.detail"]
+    assert event["event.reason"] == "store-full"
+    assert "full" in event["error.message"]
     # A domain can still join; it gets no grant that could not be recorded, and reads its own file.
     late = host.add_domain()
     late.write("f.bin", data)

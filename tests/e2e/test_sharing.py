@@ -53,7 +53,8 @@ def test_common_files_are_shared_and_given_back(host: Host, count: int) -> None:
     assert pool["pages_shared"] == in_area
     assert pool["pages_sharing"] == in_area * count
     assert pool["domains"] == count
-    assert pool["slots_by_holders"][str(count)] == in_area
+    assert pool[f"slots_held_by_{count}"] == in_area
+    assert pool[f"slots_mapped_{count}_times"] == in_area
     assert pool["area_bytes"] >= in_area * PAGE
     states = host.domain_states()
     for domain in domains:
