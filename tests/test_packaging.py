@@ -156,7 +156,8 @@ def test_debian_12_and_what_is_newest_satisfy_the_requirements(name: str) -> Non
     extras = [text for extra in project.get("optional-dependencies", {}).values() for text in extra]
     for text in project["dependencies"] + extras:
         requirement = Requirement(text)
-        assert requirement.specifier.contains(DEBIAN_12[requirement.name]), text
+        if text in project["dependencies"] or requirement.name in DEBIAN_12:  # some of an extra it does not have
+            assert requirement.specifier.contains(DEBIAN_12[requirement.name]), text
         assert requirement.specifier.contains("9999"), text
 
 
