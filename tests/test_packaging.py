@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import importlib
 import json
 import os
 import re
@@ -174,7 +175,7 @@ def test_what_both_files_say_alike_is_alike() -> None:
 
 
 def test_the_extension_exports_its_entry_only(name: str) -> None:
-    extension = sys.modules[f"{name.replace('-', '_')}._native"].__file__
+    extension = importlib.import_module(f"{name.replace('-', '_')}._native").__file__
     assert extension is not None
     library = ctypes.CDLL(extension)
     assert hasattr(library, "PyInit__native")
