@@ -181,7 +181,12 @@ class Broker(Service):
         self, domains: Sequence[dict[str, object]], broker: dict[str, object], pool: dict[str, object]
     ) -> None:
         """Write the configuration: one pool with these domains."""
-        keys: dict[str, object] = {"enabled": True, "backend": "xen", "grace": "10 s"} | broker
+        keys: dict[str, object] = {
+            "enabled": True,
+            "backend": "xen",
+            "grace": "10 s",
+            "events_interval": "1 s",
+        } | broker
         rules: dict[str, object] = {"domains": list(domains)} | pool
         self.machine.put(BROKER_CONFIG, f"[broker]\n{toml(keys)}\n[pools.{POOL}]\n{toml(rules)}")
 
