@@ -273,7 +273,7 @@ def _install(machine: Machine, package: str, config: str) -> None:
     version, *rest = said.split("\n")
     assert version.startswith(f"{package} "), said
     # Nothing differs from the package's, nothing is enabled, nothing was started.
-    assert rest == [f"/etc/sharearea/{config}", "unit", ""], said
+    assert rest == [f"/etc/sharearea/{config}", f"/etc/logrotate.d/{package}", "unit", ""], said
 
 
 def _verify_units() -> None:
