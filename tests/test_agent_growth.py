@@ -89,13 +89,13 @@ def test_a_little_more_or_less_changes_nothing(later: int) -> None:
     assert guest.agent.status()["attached_pages"] == 10
 
 
-@pytest.mark.parametrize("known", [10, PAGES])
-def test_what_is_dropped_is_said_with_the_size_of_the_whole_file(known: int) -> None:
-    # The runner drops a file as a whole if nearly all of it is in the area: all of the file, not of what is known.
+@pytest.mark.parametrize(("known", "whole"), [(10, False), (95, False), (PAGES, True)])
+def test_a_file_is_dropped_as_a_whole_only_if_all_of_it_is_known(known: int, whole: bool) -> None:
+    # What is dropped before it is known would never be seen by the scan.
     guest = Guest(known)
     guest.now += 60
     (drop,) = [action for action in guest.feed(ag.Tick()) if isinstance(action, ag.DropCache)]
-    assert (drop.page_count, sum(array("I", drop.runs)[2::3])) == (PAGES, known)
+    assert (drop.whole, sum(array("I", drop.runs)[2::3])) == (whole, known)
 
 
 @pytest.mark.parametrize(("known", "looked"), [(0, True), (10, True), (PAGES, False)])

@@ -483,11 +483,7 @@ class Runner:
         except OSError:
             return  # at the limit of descriptors: the next interval tries again
         runs = array("I", native.join_runs(action.runs))
-        covered = sum(runs[2::3])
-        # Dropping goes by whole folios: one call over the file gets more of it than many over its parts. What is not
-        # in the area is dropped along only where that is little.
-        whole = covered * 10 >= action.page_count * 9
-        self._to_drop.append((fd, [(0, 0)] if whole else list(zip(runs[0::3], runs[2::3], strict=True))))
+        self._to_drop.append((fd, [(0, 0)] if action.whole else list(zip(runs[0::3], runs[2::3], strict=True))))
 
     def _drop_all(self, files: list[tuple[int, list[Run]]]) -> Then:
         """On the worker: drop ranges of files, and close their descriptors."""
