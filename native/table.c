@@ -1181,14 +1181,14 @@ int sa_table_census(const sa_table *table, uint32_t first, size_t n, uint32_t k,
 		uint32_t id = (uint32_t)at;
 		const uint64_t *holders;
 		uint32_t nholders;
-		int common;
+		uint64_t common; /* 0 or 1 */
 
 		if (id == 0 || !referenced(table, id))
 			continue;
 		nholders = count_holders(table, id);
-		common = nholders >= k && nholders > 0;
+		common = nholders >= k && nholders > 0 ? 1 : 0;
 		census.common += common;
-		census.copies += common ? nholders : 0;
+		census.copies += common * nholders;
 		holders = holders_of(table, id);
 		for (size_t word = 0; word < table->holder_words; word++) {
 			for (uint64_t left = holders[word]; left; left &= left - 1) {
@@ -1196,7 +1196,7 @@ int sa_table_census(const sa_table *table, uint32_t first, size_t n, uint32_t k,
 
 				ret_held[holder]++;
 				ret_common[holder] += common;
-				ret_share[holder] += common ? (uint32_t)SA_SHARE_PAGE / nholders : 0;
+				ret_share[holder] += common * ((uint32_t)SA_SHARE_PAGE / nholders);
 			}
 		}
 	}

@@ -124,6 +124,7 @@ def test_a_scraper_that_says_nothing_costs_the_others_nothing(loop: Loop) -> Non
     assert loop.get()[0] == 200
     silent.append(loop.connect())
     surplus = loop.connect()
+    surplus.settimeout(5)  # sooner than silence ends a connection
     assert surplus.recv(1) == b""  # hung up on: there are enough
     surplus.close()
     for each in silent:

@@ -291,6 +291,29 @@ static void test_publication(void)
 	sa_table_destroy(table);
 }
 
+static void test_census(void)
+{
+	sa_table *table = open_table(70, 100);
+	uint8_t *fps = counted_fps(3, 16);
+	uint32_t ids[4] = {0};
+	uint64_t held[70], common[70], share[70];
+	struct sa_table_census census;
+
+	CHECK(sa_table_intern(table, fps, 3, ids + 1) == 0);
+	CHECK(sa_table_mark(table, ids, 3, 0) == 0 && sa_table_mark(table, ids + 2, 2, 69) == 0);
+	CHECK(sa_table_mark(table, ids + 2, 1, 64) == 0);
+	CHECK(sa_table_census(table, 0, SIZE_MAX, 2, held, common, share, &census) == 0);
+	CHECK(census.common == 1 && census.copies == 3 && census.end == 4);
+	CHECK(held[0] == 2 && held[64] == 1 && held[69] == 2 && held[1] == 0);
+	CHECK(common[0] == 1 && common[64] == 1 && common[69] == 1 && share[69] == SA_SHARE_PAGE / 3);
+	CHECK(sa_table_census(table, 3, 1, 1, held, common, share, &census) == 0);
+	CHECK(census.common == 1 && census.copies == 1 && held[0] == 0 && held[69] == 1);
+	CHECK(sa_table_census(table, UINT32_MAX, SIZE_MAX, 0, held, common, share, &census) == 0);
+	CHECK(census.common == 0 && census.end == 4 && held[69] == 0);
+	free(fps);
+	sa_table_destroy(table);
+}
+
 static void test_holders(void)
 {
 	sa_table *table = open_table(70, 100);
@@ -468,6 +491,7 @@ int main(void)
 	test_chunk_end();
 	test_publication();
 	test_holders();
+	test_census();
 	test_growth(0);
 	test_growth(28);
 	test_no_spread();
