@@ -25,6 +25,7 @@ from .common.control import ask
 from .common.errors import HostError, NotInTime, ShareareaError, UsageError
 from .common.logs import EventLog
 from .config import BrokerConfig
+from .dashboard.server import add_arguments as add_dashboard_arguments
 from .demo import add_arguments as add_demo_arguments
 from .demo import run as run_demo
 
@@ -95,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
         place = sub.add_mutually_exclusive_group()
         place.add_argument("--socket", type=Path, metavar="PATH", help="the broker's status socket")
         _config_option(place)
+    dashboard = verb("dashboard", "show what log files say, as a page on this machine", _dashboard)
+    add_dashboard_arguments(dashboard)
     demo = verb("demo", "share real files between real processes on this host and measure what it saves", run_demo)
     add_demo_arguments(demo)
     return parser
@@ -347,6 +350,12 @@ def _area_list(options: argparse.Namespace) -> int:
 def _area_destroy(options: argparse.Namespace) -> int:
     print(remove(Toolstack(), options.area, options.force))
     return 0
+
+
+def _dashboard(options: argparse.Namespace) -> int:
+    from .dashboard.server import run
+
+    return run(options, lambda line: print(line, flush=True))
 
 
 def _seconds(text: str) -> float:
