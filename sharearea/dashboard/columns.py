@@ -130,8 +130,8 @@ def parsing(source: str, groups: Iterable[str]) -> str:
     shape = "{" + ", ".join(f'"{column.key}": "{column.type}"' for column in columns) + "}"
     shape = shape.replace('"VARCHAR[]"', '["VARCHAR"]')
     selected = ", ".join(f"{column.sql} AS {column.quoted}" for column in columns)
-    # A join, since WHERE would be moved down and read JSON in lines that need none; with the summary, one that keeps rows
-    # without an event.
+    # A join, since WHERE would be moved down and read JSON in lines that need none. The one of the summary keeps
+    # rows without an event.
     others = [event for event in EVENTS if event not in events]
     kind, names = ("ANTI", others) if "summary" in wanted else ("SEMI", events)
     chosen = f"{kind} JOIN (SELECT unnest([{', '.join(map(text, names))}]::VARCHAR[]) AS event) USING (event)"

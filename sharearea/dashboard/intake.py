@@ -141,7 +141,7 @@ def _stamp_after(fd: int, place: int, end: int) -> tuple[int, bytes | None]:
 
 
 class Cache:
-    """Parts that were kept, in a folder of ours. Processes may share it: parts are complete when they have their name."""
+    """Parts that were kept, in a folder of ours. Processes may share it: a part that has its name is complete."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
