@@ -108,7 +108,7 @@ def saved(snapshot: Snapshot, choice: Choice) -> Chart:
                 customdata=[_about_step(row, snapshot, choice) for row in steps],
                 hovertemplate=f"%{{x}}<br>%{{y:,.1f}} {unit}<extra>%{{fullData.name}}</extra>",
             )
-    figure.update_xaxes(type="date")
+    figure.update_xaxes(type="date", nticks=6, tickangle=0)
     rows: list[Line] = [
         (
             (
@@ -241,7 +241,7 @@ def refusals(snapshot: Snapshot) -> Chart:
 def owners(snapshot: Snapshot) -> Chart:
     """Slots of the area by how many domains hold their page, and by how often it is mapped."""
     found = {(row["kind"], row["owners"]): row["slots"] for row in snapshot.owners}
-    names = [bucket.replace("_", " ") for bucket in OWNER_BUCKETS]
+    names = [bucket.replace("_to_", "-").replace("_or_more", "+") for bucket in OWNER_BUCKETS]
     figure = _figure("slots")
     for at, (kind, word) in enumerate((("held", "domains hold the page"), ("mapped", "times mapped"))):
         figure.add_bar(
@@ -252,7 +252,7 @@ def owners(snapshot: Snapshot) -> Chart:
             customdata=[behind(label=f"slots: {name} {word}", events=_PUBLISHING) for name in names],
             hovertemplate=f"%{{y:,}} slots<extra>%{{x}} {word}</extra>",
         )
-    figure.update_layout(barmode="group", xaxis={"type": "category"})
+    figure.update_layout(barmode="group", xaxis={"type": "category", "tickangle": 0})
     rows: list[Line] = [
         (
             (name, *(Amount(found.get((kind, bucket), 0), "slots") for kind in ("held", "mapped"))),
@@ -364,7 +364,7 @@ def _figure(unit: str, *, lying: bool = False) -> go.Figure:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13},
-        legend={"orientation": "h", "yanchor": "top", "y": -0.18, "x": 0},
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "xanchor": "left", "x": 0},
         hovermode="closest",
         showlegend=True,
         uirevision="kept",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ..common.errors import ShareareaError, UsageError
-from .logs import Logs, find_logs
+from .logs import Logs, cache_folder, find_logs
 
 Row = Mapping[str, Any]
 
@@ -22,7 +22,7 @@ POINTS: Final = 200  # steps of time in one chart, at most
 TOP_FILES: Final = 20
 EVENTS_SHOWN: Final = 200
 STEPS_S: Final = (1, 2, 5, 10, 30, 60, 300, 900, 3600, 6 * 3600, 86_400, 7 * 86_400)
-REST: Final = 10  # after loading, rest as long as that took, times this: a dashboard is not to keep a core busy
+REST: Final = 4  # after loading, rest as long as that took, times this: a dashboard is not to keep a core busy
 
 # Keys of every line that say nothing beside the others in a table of events.
 _PLAIN: Final = frozenset({"time", "event", "level", "host", "program", "pid", "sequence", "version", "message"})
@@ -156,7 +156,7 @@ class Source:
             return
         began = time.monotonic()
         if self._logs is None:
-            self._logs = Logs(self.patterns)
+            self._logs = Logs(self.patterns, cache=cache_folder())
         else:
             self._logs.window(None, None)
             self._logs.refresh()

@@ -20,7 +20,6 @@ from . import charts
 from .charts import Amount, Chart, Table, bytes_text, time_text
 from .figures import TOP_FILES, Choice, Problem, Row, Snapshot, Source, details
 
-REFRESH_MS: Final = 3000
 TABLE_ROWS: Final = 200
 _WINDOWS: Final = {"": "all", "900": "15 min", "3600": "1 h", "21600": "6 h", "86400": "1 day", "604800": "7 days"}
 _TILES: Final = (
@@ -82,8 +81,11 @@ _INDEX: Final = """<!DOCTYPE html>
 """
 
 
-def make_app(source: Source, hosts: Sequence[str]) -> Dash:
-    """Return the page over a source. `hosts`: names and addresses under which it may be asked for, without the port."""
+def make_app(source: Source, hosts: Sequence[str], every_s: float) -> Dash:
+    """Return the page over a source.
+
+    `hosts`: names and addresses under which it may be asked for, without the port. `every_s`: how often the page asks.
+    """
     app = Dash(
         __name__,
         title="sharearea",
@@ -95,7 +97,7 @@ def make_app(source: Source, hosts: Sequence[str]) -> Dash:
             {"name": "color-scheme", "content": "light dark"},
         ],
     )
-    app.layout = _layout
+    app.layout = _layout(every_s)
     _answer(app, source)
     _guard(app, hosts)
     return app
@@ -131,7 +133,7 @@ def _guard(app: Dash, hosts: Sequence[str]) -> None:
 # ------------------------------------------------------------------------------------------------------------- layout
 
 
-def _layout() -> html.Div:
+def _layout(every_s: float) -> html.Div:
     return html.Div(
         [
             html.Header([html.H1("sharearea"), html.P(id="about", role="status")]),
@@ -172,7 +174,7 @@ def _layout() -> html.Div:
                 ],
                 id="main",
             ),
-            dcc.Interval(id="tick", interval=REFRESH_MS),
+            dcc.Interval(id="tick", interval=int(1000 * every_s)),
             dcc.Store(id="serial"),
             dcc.Store(id="behind", data={}),
         ]

@@ -28,6 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"log files of the broker and of agents; quote globs (default: {' '.join(LOGS)})",
     )
     parser.add_argument("--port", type=_port, default=PORT, help=f"port; 0: any that is free (default: {PORT})")
+    parser.add_argument(
+        "--every",
+        type=_seconds,
+        default=3.0,
+        metavar="SECONDS",
+        help="how often the page asks for what is new (default: 3)",
+    )
     parser.add_argument("--address", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument(
         "--allow-remote",
@@ -60,7 +67,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> int:
     try:
         host, port = sock.getsockname()[:2]
         names = [host, options.address] + (["localhost", "127.0.0.1", "::1"] if local else [socket.gethostname()])
-        app = make_app(source, names)
+        app = make_app(source, names, options.every)
         server: Any = waitress.server.create_server(app.server, sockets=[sock], threads=_THREADS, ident=None)
         say(f"dashboard: http://{f'[{host}]' if ':' in host else host}:{port}/ (Ctrl-C ends it)")
         # A page asks several things at once, of which we answer one at a time: that is no news.
@@ -80,6 +87,16 @@ def _port(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) > 65_535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 to 65535")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.1 to 3600")
+    return seconds
 
 
 def _loopback(address: str) -> bool:
