@@ -27,6 +27,8 @@ from .common.logs import EventLog
 from .config import BrokerConfig
 from .demo import add_arguments as add_demo_arguments
 from .demo import run as run_demo
+from .estimate.command import add_arguments as add_estimate_arguments
+from .estimate.command import run as run_estimate
 
 DEFAULT_CONFIG: Final = Path("/etc/sharearea/broker.toml")
 
@@ -97,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         _config_option(place)
     demo = verb("demo", "share real files between real processes on this host and measure what it saves", run_demo)
     add_demo_arguments(demo)
+    estimate = verb("estimate", "say what guests would share, from their files, before anything runs", _estimate)
+    add_estimate_arguments(estimate)
     return parser
 
 
@@ -153,6 +157,10 @@ def _check(options: argparse.Namespace) -> int:
             if finding.remedy:
                 print(f"      -> {finding.remedy}")
     return HostError.exit_code if any(finding.level == "fail" for finding in findings) else 0
+
+
+def _estimate(options: argparse.Namespace) -> int:
+    return run_estimate(options, _console())
 
 
 def _ask(options: argparse.Namespace, question: dict[str, Any]) -> dict[str, Any]:
