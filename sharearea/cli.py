@@ -25,6 +25,8 @@ from .common.control import ask
 from .common.errors import HostError, NotInTime, ShareareaError, UsageError
 from .common.logs import EventLog
 from .config import BrokerConfig
+from .dashboard.command import add_arguments as add_stats_arguments
+from .dashboard.command import run as run_stats
 from .demo import add_arguments as add_demo_arguments
 from .demo import run as run_demo
 from .estimate.command import add_arguments as add_estimate_arguments
@@ -101,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     add_demo_arguments(demo)
     estimate = verb("estimate", "say what guests would share, from their files, before anything runs", _estimate)
     add_estimate_arguments(estimate)
+    add_stats_arguments(
+        verb("stats", "answer from log files: what is saved, where, why not more", _stats), _config_option
+    )
     return parser
 
 
@@ -161,6 +166,10 @@ def _check(options: argparse.Namespace) -> int:
 
 def _estimate(options: argparse.Namespace) -> int:
     return run_estimate(options, _console())
+
+
+def _stats(options: argparse.Namespace) -> int:
+    return run_stats(options, _console(), Console(stderr=True))
 
 
 def _ask(options: argparse.Namespace, question: dict[str, Any]) -> dict[str, Any]:
