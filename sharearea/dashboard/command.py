@@ -23,9 +23,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from rich.table import Table
 
 from ..common.errors import UsageError
+from ..common.explain import EXPLANATIONS
 from ..config import BrokerConfig
 from ..estimate.text import size_text
-from ..explain import EXPLANATIONS
 from .figures import NEEDS, Row, overview, rows, span
 from .logs import Logs, cache_folder, find_logs
 

@@ -1,4 +1,4 @@
-"""What each reason code of the catalogue means, and what to do about it. Pure data, for `why`, `stats` and documents.
+"""What each reason code of the catalogue means, and what to do about it. Pure data, for `why` and `stats`.
 
 A test fails when a code of the catalogue or a verdict of the protocol has no entry here, or an entry has no code.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from .common.events import EVENTS
-from .common.wire import Verdict
+from .events import EVENTS
+from .wire import Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +291,92 @@ EXPLANATIONS: Final[dict[str, Explanation]] = {
         ("slots-beyond-area", "more slots are in use than the area has", "report it, with the broker's log"),
     )
 }
+
+
+STATES: Final[dict[str, Explanation]] = {
+    code: Explanation(meaning, remedy)
+    for code, meaning, remedy in (
+        ("shared", "it is shared", "nothing"),
+        ("broker-not-running", "no broker answers", "start it: systemctl start sharearea, or sharearea broker"),
+        ("agent-not-running", "no agent answers there", "start it in the guest: systemctl start sharearea-agent"),
+        ("domain-unknown", "no agent has come under this name since the broker started", "start the agent there"),
+        ("no-domains", "no domain is connected", "start the agents"),
+        ("agent-gone", "the domain's agent is gone; its grants are kept for the grace time", "start the agent again"),
+        ("barred", EXPLANATIONS["struck-out"].meaning, EXPLANATIONS["struck-out"].remedy),
+        (
+            "strikes",
+            "the domain has been caught with pages that were not what it reported",
+            EXPLANATIONS["page-mismatch"].remedy,
+        ),
+        ("paused", "nothing is published for a while", "see what the pause says; publishing is tried again every 30 s"),
+        ("reporting", "the agent is still reporting", _BY_ITSELF),
+        (
+            "nothing-reported",
+            "the agent is connected and has reported no file",
+            "look at folders in agent.toml and at sharearea-agent status; only what is in the page cache is reported",
+        ),
+        (
+            "alone",
+            "fewer domains than k are connected in the pool, and what k domains hold is all that is shared",
+            "start another guest of the pool",
+        ),
+        (
+            "nothing-in-common",
+            "no page of the domain is held by k domains",
+            "nothing, if the guests really differ; guests of the same template have most pages in common",
+        ),
+        (
+            "one-holder",
+            "fewer than k domains hold this content",
+            "wait until another guest of the pool has the same file in its page cache, or its version really differs",
+        ),
+        ("zero-pages", "all of its pages are zeros: they are counted apart and never shared", "nothing"),
+        (
+            "not-resident",
+            "no page of the file is in the guest's page cache, so nothing is kept twice",
+            "nothing: it is reported when somebody reads it",
+        ),
+        ("publishing", "its pages are wanted in the area and on their way", _BY_ITSELF),
+        (
+            "undelivered",
+            "no agent that holds it could deliver its bytes: they left the page cache, or changed",
+            "nothing: it is tried again",
+        ),
+        (
+            "no-consumer",
+            "its pages are in the area, and no program of this domain has asked for them",
+            "programs ask with sharearea_agent.open_shared; on xen the guest view serves unmodified ones (docs/xen.md)",
+        ),
+        (
+            "text-stays",
+            "executable text of the file stays the guest's own: Xen's grants cannot be executed",
+            "nothing",
+        ),
+        (
+            "partly",
+            "some of its pages are in the area, and others are not",
+            "nothing: what k domains hold is put there",
+        ),
+        (
+            "not-dropped",
+            "programs map its pages, but the guest has not given up its own copies",
+            "drop = true in agent.toml; pages that are dirty or mapped otherwise stay",
+        ),
+        (
+            "not-reported-by-any",
+            "no domain reports this path; the rules of the pools would let it in",
+            "ask its agent: sharearea why --agent SOCKET PATH, or in the guest sharearea-agent why PATH",
+        ),
+        (
+            "special",
+            "it is no regular file, or it is the agent's own cache, or its folder is not everybody's to enter",
+            "nothing",
+        ),
+        ("unreadable", "the agent cannot open the file", "run the agent as root"),
+        ("not-seen-yet", "the agent has not looked at the file yet, or not told the broker", _BY_ITSELF),
+    )
+}
+"""What `why` names besides reason codes: states of a file or a domain in which nobody refused anything."""
 
 
 def codes() -> set[str]:
