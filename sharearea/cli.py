@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     why = verb("why", "say what keeps a file or a domain from sharing, and what to do about it", _why)
     why.epilog = (
         "Rules are those of the configuration file. Leases, folders and programs only the guest's agent knows: name "
-        "its control socket with --agent where it can be reached from here, or run sharearea-agent why PATH in the guest."
+        "its control socket with --agent where it can be reached, or run sharearea-agent why PATH in the guest."
     )
     why.add_argument(
         "subject", metavar="PATH|DOMAIN", help="a path as domains see it (it has a slash), or a domain's name"

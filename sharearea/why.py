@@ -69,10 +69,7 @@ class Finding:
 
 def explain(facts: Facts) -> list[Finding]:
     """Return what keeps the file or the domain from sharing, the deciding one first for each domain."""
-    if facts.is_path:
-        found = list(_agent_says(facts)) + list(_path(facts))
-    else:
-        found = list(_domain(facts))
+    found = [*_agent_says(facts), *_path(facts)] if facts.is_path else _domain(facts)
     return list(dict.fromkeys(found))
 
 
