@@ -243,6 +243,76 @@ struct sa_table_census {
 int sa_table_census(const sa_table *table, uint32_t first, size_t n, uint32_t k, uint64_t *ret_held,
                     uint64_t *ret_common, uint64_t *ret_share, struct sa_table_census *ret);
 
+/* -------------------------------------------------------------------------------------------- estimate.c */
+
+/* The tally of an estimate: pages of files of several roots, counted by fingerprint. What is fed is hashed at once;
+ * memory stays bounded, as records go to a file of the caller's. Roots and files have numbers of the caller's, [0,
+ * nroots) and [0, nfiles). */
+typedef struct sa_tally sa_tally;
+
+/* What a page is when its file is run or loaded, by the file's ELF program headers: in an executable segment, in one
+ * that is only read, anything else. Of two, the stronger: TEXT, RODATA, DATA. */
+enum { SA_CLASS_DATA = 0, SA_CLASS_RODATA = 1, SA_CLASS_TEXT = 2, SA_CLASSES = 3 };
+
+enum {
+	SA_TALLY_PARTS = 256,  /* each holds the pages of some fingerprints, whatever their root */
+	SA_TALLY_ONE = 1048576 /* the weight of a page that is always there; sums are in this unit */
+};
+
+/* fd: an empty file, open for reading and writing, which is duplicated; it grows by 24 bytes for each page that is not
+ * zero, and not at all as long as few pages are fed. nroots: 1 to 65535. */
+int sa_tally_create(int fd, const uint8_t *key, uint32_t nroots, sa_tally **ret);
+void sa_tally_destroy(sa_tally *tally); /* NULL is fine */
+
+/* One file after the other: begin, any number of feeds and holes in the file's order, end. Program headers are looked
+ * for in the first feed, if no hole came before it. A last, short page is padded with zeros. abandon in place of end
+ * drops the short page; whole pages that were fed stay counted. After another error than -EINVAL, or one of reading in
+ * feed_fd, the tally is of no use any more; -ENOSPC: the caller's file cannot be written. */
+int sa_tally_begin(sa_tally *tally, uint32_t root, uint32_t file);
+int sa_tally_feed(sa_tally *tally, const uint8_t *data, size_t size);
+int sa_tally_hole(sa_tally *tally, uint64_t size); /* zero bytes that nobody has to read */
+/* size bytes of a file or device fd from offset on; sparse not 0: its holes are not read. *ret_fed: how many there were,
+ * fewer where fd ends early; on an error too. -EIO, -EISDIR and the like: fd cannot be read. */
+int sa_tally_feed_fd(sa_tally *tally, int fd, uint64_t offset, uint64_t size, int sparse, uint64_t *ret_fed);
+int sa_tally_end(sa_tally *tally);
+int sa_tally_abandon(sa_tally *tally);
+/* All of it at once, for a whole file; an error of reading abandons it. */
+int sa_tally_file(sa_tally *tally, uint32_t root, uint32_t file, int fd, uint64_t size, int sparse, uint64_t *ret_fed);
+
+struct sa_tally_root {
+	uint64_t files;
+	uint64_t pages;       /* all of them, of which */
+	uint64_t zero;        /* are zero, and */
+	uint64_t by_class[3]; /* SA_CLASS_*: are not */
+};
+int sa_tally_root(const sa_tally *tally, uint32_t root, struct sa_tally_root *ret);
+int sa_tally_spilled(const sa_tally *tally, uint64_t *ret_bytes); /* what the caller's file holds now */
+
+/* What sa_tally_join is asked. A page is held by a root if it has the page at all; with weights below SA_TALLY_ONE, it
+ * is there only for that part of the time, and then whenever it is in a root of smaller weight. */
+struct sa_tally_question {
+	const uint32_t *groups; /* nfiles numbers below ngroups: where the gain of a file's pages is added */
+	size_t nfiles;
+	uint32_t ngroups;
+	const uint32_t *weights; /* nroots numbers, SA_TALLY_ONE at the most */
+	int without_text;        /* not 0: pages of class TEXT are not shared */
+};
+
+/* Zero pages are in none of these. All but distinct are in units of SA_TALLY_ONE to a page. */
+struct sa_tally_sums {
+	uint64_t distinct; /* different pages in all roots together */
+	uint64_t saved
+		[3];   /* SA_CLASS_*: copies beyond the first, one per root; TEXT: what without_text would leave out */
+	uint64_t area; /* pages that several roots hold */
+	uint64_t repeated; /* of those: what single roots have of them more than once */
+};
+/* Count one part, and add it to what the caller has: *ret_sums; ret_repeated (nroots): occurrences beyond the first in
+ * the same root, in pages; ret_pairs (nroots * nroots, row < column): what two roots would save if there were no others;
+ * ret_groups (ngroups): what is saved, by the first file (smallest number) that has the page. -ERANGE: a file or group
+ * beyond the question's, or a weight; the sums are of no use then. */
+int sa_tally_join(const sa_tally *tally, uint32_t part, const struct sa_tally_question *question,
+                  struct sa_tally_sums *ret_sums, uint64_t *ret_repeated, uint64_t *ret_pairs, uint64_t *ret_groups);
+
 /* ---------------------------------------------------------------------------------------------- gntdev.c */
 
 /* Pages that another domain has granted to this guest, under a mapping of a file (the `xen` backend, guest side).

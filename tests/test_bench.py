@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import dataset, hashing, host, intake, ksm, memory, sharing
+from bench import dataset, estimate, hashing, host, intake, ksm, memory, sharing
 from bench.report import Samples, show
 from sharearea.common import native
 from sharearea.common.errors import HostError, NativeError
@@ -67,6 +67,17 @@ def test_hash_compares_every_kernel_that_runs() -> None:
     native.select_hash_kernel(before)
     for other in (hashing.PACKAGE, hashing.MEMCPY):
         assert len(found.samples[f"pages, {fastest} / {other}", "rate_ratio"]) == 2
+
+
+def test_estimate_measures_every_kind_of_root_and_the_tally(disk_path: Path) -> None:
+    found = estimate.run(estimate.Sizes(32 * MIB, 64 * MIB, rounds=1), disk_path, quiet)
+    cases = metrics(found)
+    kinds = {estimate.LIBRARIES, estimate.LARGE, estimate.TAR, estimate.RAW, estimate.RAW_LARGE, estimate.QCOW2}
+    assert cases.keys() | found.skipped.keys() == kinds | {estimate.TALLY}
+    for kind in kinds & cases.keys():
+        assert cases[kind] == {"rate_bytes_per_s", "cpu_rate_bytes_per_s"}
+    assert cases[estimate.TALLY] == {"peak_bytes", "spilled_bytes", "feed_s", "compare_s"}
+    assert not list(disk_path.iterdir())
 
 
 def test_intake_measures_first_second_and_tenth_domain(disk_path: Path) -> None:

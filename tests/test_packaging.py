@@ -80,6 +80,8 @@ def module_files(name: str) -> set[str]:
     top = FOLDERS[name] / package
     found = {f"{package}/py.typed"}
     found |= {f"{package}/schemas/{path.name}" for path in (top / "schemas").glob("*.json")}
+    found |= {f"{package}/dashboard/{path.name}" for path in (top / "dashboard").glob("*.sql")}
+    found |= {f"{package}/dashboard/assets/{path.name}" for path in (top / "dashboard" / "assets").glob("*")}
     for folder, _, files in os.walk(top, followlinks=True):
         found |= {str(Path(package, folder, file).relative_to(top.parent)) for file in files if file.endswith(".py")}
     return {str(Path(file)) for file in found}

@@ -115,6 +115,7 @@ wanted = [
     *broker["build-system"]["requires"],
     *broker["dependency-groups"]["dev"],
     *broker["project"]["dependencies"],
+    *(text for extra in broker["project"].get("optional-dependencies", {}).values() for text in extra),
     *agent["project"]["dependencies"],
 ]
 print(*sorted(set(wanted)), sep="\n")

@@ -1,10 +1,10 @@
 """The native core, typed: the only module that imports the extension.
 
-Callers see ints, bytes and the classes Segment, Grants, NativePageTable, Ring and Vchan, never a pointer. Every -errno
-becomes an exception in one place (`_MEANINGS`). What the functions do is said once, in native/api.h; the docstrings
-here add the shapes of the Python side. A column is a packed array in this machine's (little-endian) byte order: a
-fingerprint column has 32 bytes per page, an id, slot or position column 4, a run column 8 (first, count) or 12 (page,
-slot, count).
+Callers see ints, bytes and the classes Segment, Grants, NativePageTable, Tally, Ring and Vchan, never a pointer. Every
+-errno becomes an exception in one place (`_MEANINGS`). What the functions do is said once, in native/api.h; the
+docstrings here add the shapes of the Python side. A column is a packed array in this machine's (little-endian) byte
+order: a fingerprint column has 32 bytes per page, an id, slot or position column 4, a run column 8 (first, count) or 12
+(page, slot, count).
 
 Columns go in as any contiguous bytes-like object and are not copied, unless 32-bit numbers in them are not aligned to 4
 bytes. A column whose length is not a multiple of its element is a ValueError, and so is a number that does not fit its
@@ -18,7 +18,7 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeAlias
 
@@ -143,6 +143,12 @@ _MEANINGS: Final[dict[tuple[str, int], _Meaning]] = {
     ("sa_area_revoke", errno.EINVAL): _Meaning(ValueError, "a grant reference that is reserved"),
     ("sa_area_revoke", errno.ERANGE): _Meaning(ValueError, "a grant reference beyond the table"),
     ("sa_area_*", errno.ERANGE): _Meaning(ValueError, "a slot that no grant entry can name"),
+    ("sa_tally_*", errno.ENOSPC): _Meaning(
+        HostError, "no room is left for the fingerprints of the estimate", "give --work-dir a folder with more room"
+    ),
+    ("sa_tally_*", errno.ENOMEM): _Meaning(HostError, "no memory is left for the estimate"),
+    ("sa_tally_*", errno.EINVAL): _Meaning(ValueError, "no such root, or no file was begun, or one was not ended"),
+    ("sa_tally_*", errno.ERANGE): _Meaning(ValueError, "a file, a group or a weight out of range"),
     ("sa_table_intern", errno.ENOSPC): _Meaning(TableFull, "the fingerprint table has no room for this report"),
     ("sa_table_*", errno.EINVAL): _Meaning(ValueError, "an id, a number or an array that the table does not take"),
     ("sa_table_*", errno.ERANGE): _Meaning(ValueError, "a slot was never used"),
@@ -585,6 +591,151 @@ class Grants(_Owned):
         with ffi.from_buffer("uint8_t[]", buffer) as base:
             self._do("sa_grants_place", device, ffi.cast("void *", base), npages, fd, placed)
         return int(placed[0])
+
+
+# -------------------------------------------------------------------------------------------------------- estimates
+
+CLASS_DATA: Final[int] = lib.SA_CLASS_DATA
+CLASS_RODATA: Final[int] = lib.SA_CLASS_RODATA
+CLASS_TEXT: Final[int] = lib.SA_CLASS_TEXT
+TALLY_ONE: Final[int] = lib.SA_TALLY_ONE
+TALLY_PARTS: Final[int] = lib.SA_TALLY_PARTS
+
+
+class TallyRoot(NamedTuple):
+    """What was fed of one root, in pages: `pages` are `zero` and, for the rest, one number for each CLASS_*."""
+
+    files: int
+    pages: int
+    zero: int
+    by_class: tuple[int, int, int]
+
+
+class TallySums(NamedTuple):
+    """What several roots have in common; zero pages are left out. Weighed numbers: TALLY_ONE to a page.
+
+    distinct: different pages. saved, by CLASS_*, weighed: copies beyond the first, one for each root. area, weighed:
+    pages that several roots have. repeated_in_area, weighed: what single roots have of those more than once. repeated,
+    by root: occurrences beyond the first. pairs, by both roots' numbers (the smaller one first), weighed: what the two
+    would save alone. groups, by group, weighed: what is saved.
+    """
+
+    distinct: int
+    saved: tuple[int, int, int]
+    area: int
+    repeated_in_area: int
+    repeated: list[int]
+    pairs: dict[tuple[int, int], int]
+    groups: list[int]
+
+
+class Tally(_Owned):
+    """Pages of the files of several roots, counted by fingerprint in bounded memory; see native/api.h.
+
+    Roots and files are numbered by the caller. One file is fed after the other.
+    """
+
+    __slots__ = ("_fed", "_nroots")
+
+    def __init__(self, fd: int, key: BytesLike, nroots: int) -> None:
+        """Count into an empty file (descriptor fd, which is duplicated); it grows by 24 bytes per page, if need be."""
+        if not 0 < nroots <= 0xFFFF:
+            raise ValueError(f"{nroots} roots: from 1 to 65535 can be told apart")
+        ret = ffi.new("sa_tally **")
+        _call("sa_tally_create", fd, _key(key), nroots, ret)
+        super().__init__(ret[0], lib.sa_tally_destroy)
+        self._nroots = nroots
+        self._fed = ffi.new("uint64_t *")
+
+    def file(self, root: int, file: int, fd: int, size: int, sparse: bool) -> int:
+        """Feed a whole file of `size` bytes; return how many there were, fewer if it is shorter now.
+
+        sparse: it has holes; they count as zero and are not read. Raises NativeError if it cannot be read.
+        """
+        with self._lock:
+            self._do("sa_tally_file", root, file, fd, size, int(sparse), self._fed)
+            return int(self._fed[0])
+
+    def begin(self, root: int, file: int) -> None:
+        """Begin a file that is fed in pieces."""
+        self._do("sa_tally_begin", root, file)
+
+    def feed(self, data: BytesLike) -> None:
+        """Feed the next bytes of the file. ELF program headers are looked for in the first piece only."""
+        column, size = _column(data, 1, "data")
+        self._do("sa_tally_feed", column, size)
+
+    def feed_fd(self, fd: int, offset: int, size: int, sparse: bool = False) -> int:
+        """Feed the next bytes from another file or device; return how many there were, fewer where that ends early.
+
+        sparse: its holes count as zero and are not read. Raises NativeError if it cannot be read.
+        """
+        with self._lock:
+            self._do("sa_tally_feed_fd", fd, offset, size, int(sparse), self._fed)
+            return int(self._fed[0])
+
+    def hole(self, size: int) -> None:
+        """Feed zero bytes without having them."""
+        self._do("sa_tally_hole", size)
+
+    def end(self) -> None:
+        """End the file; a last, short page is padded with zeros."""
+        self._do("sa_tally_end")
+
+    def abandon(self) -> None:
+        """End the file where it cannot be read on: its whole pages so far stay counted."""
+        self._do("sa_tally_abandon")
+
+    def root(self, root: int) -> TallyRoot:
+        """Return what was fed of one root."""
+        ret = ffi.new("struct sa_tally_root *")
+        self._do("sa_tally_root", root, ret)
+        data, rodata, text = ret.by_class
+        return TallyRoot(int(ret.files), int(ret.pages), int(ret.zero), (int(data), int(rodata), int(text)))
+
+    def spilled_bytes(self) -> int:
+        """Return what the file holds that was given for counting."""
+        spilled = ffi.new("uint64_t *")
+        self._do("sa_tally_spilled", spilled)
+        return int(spilled[0])
+
+    def join(
+        self,
+        groups: BytesLike,
+        ngroups: int,
+        weights: Sequence[int],
+        without_text: bool,
+        tell: Callable[[int], None] = lambda _part: None,
+    ) -> TallySums:
+        """Count what the roots have in common, and call tell() with the number of each part that is done.
+
+        groups: 4 bytes for each file, the number of its group. weights: for each root the part of its pages that is
+        there at a time, TALLY_ONE for all. without_text: pages of class TEXT are not shared.
+        """
+        if len(weights) != self._nroots:
+            raise ValueError(f"{len(weights)} weights for {self._nroots} roots")
+        column, nfiles = _words(groups, 1, "groups")
+        weighed = ffi.new("uint32_t[]", list(weights))
+        question = ffi.new("struct sa_tally_question *")
+        question.groups, question.nfiles, question.ngroups = column, nfiles, ngroups
+        question.weights, question.without_text = weighed, int(without_text)
+        sums = ffi.new("struct sa_tally_sums *")
+        repeated = ffi.new("uint64_t[]", self._nroots)
+        pairs = ffi.new("uint64_t[]", self._nroots**2)
+        gained = ffi.new("uint64_t[]", ngroups)
+        for part in range(TALLY_PARTS):
+            self._do("sa_tally_join", part, question, sums, repeated, pairs, gained)
+            tell(part)
+        data, rodata, text = sums.saved
+        return TallySums(
+            int(sums.distinct),
+            (int(data), int(rodata), int(text)),
+            int(sums.area),
+            int(sums.repeated),
+            ffi.unpack(repeated, self._nroots),
+            {(a, b): int(pairs[a * self._nroots + b]) for a in range(self._nroots) for b in range(a + 1, self._nroots)},
+            ffi.unpack(gained, ngroups) if ngroups else [],
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- leases

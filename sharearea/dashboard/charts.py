@@ -14,7 +14,8 @@ from typing import Any, Final
 import plotly.graph_objects as go
 
 from ..common.events import OWNER_BUCKETS
-from .figures import Choice, Row, Snapshot
+from ..common.explain import EXPLANATIONS
+from .snapshot import Choice, Row, Snapshot
 
 # At least 3 to 1 on white and on the dark page's ground.
 COLOURS: Final = ("#2f7ed8", "#c8641e", "#1d8f5b", "#a855c8", "#8a7a1a", "#c43d5a", "#5b7c99", "#7a6bd1")
@@ -186,7 +187,7 @@ def largest(snapshot: Snapshot) -> Chart:
             (
                 row["path"],
                 (row["held_bytes"], row["possible_saved_bytes"]),
-                {"label": row["path"], "path": row["path"], "events": _FILE_EVENTS, "pool": row["pool"]},
+                {"label": row["path"], "paths": [row["path"]], "events": _FILE_EVENTS, "pool": row["pool"]},
                 (
                     row["path"],
                     Amount(row["domains"], "domains"),
@@ -199,6 +200,30 @@ def largest(snapshot: Snapshot) -> Chart:
         ],
         ("its copies take", "all copies but one"),
         ("file", "domains", "its copies take", "all copies but one", "mapped"),
+        shortened=True,
+    )
+
+
+def packages(snapshot: Snapshot) -> Chart:
+    """The packages whose files take the most, of the files that file.statistics names."""
+    return _bars(
+        [
+            (
+                row["package"],
+                (row["held_bytes"], row["possible_saved_bytes"]),
+                {"label": f"package {row['package']}", "package": row["package"], "events": _FILE_EVENTS},
+                (
+                    row["package"],
+                    Amount(row["contents"], "files"),
+                    Amount(row["held_bytes"]),
+                    Amount(row["possible_saved_bytes"]),
+                    Amount(row["mapped_bytes"]),
+                ),
+            )
+            for row in snapshot.packages
+        ],
+        ("its copies take", "all copies but one"),
+        ("package", "files", "its copies take", "all copies but one", "mapped"),
         shortened=True,
     )
 
@@ -228,14 +253,25 @@ def refusals(snapshot: Snapshot) -> Chart:
                     "stage": "" if row["stage"] == "attach" else row["stage"],
                     "events": ["files.plain"] if row["stage"] == "attach" else ["files.refused"],
                 },
-                (row["reason"], STAGES[row["stage"]], Amount(row["files"], "files"), Amount(row["bytes"])),
+                (
+                    row["reason"],
+                    STAGES[row["stage"]],
+                    Amount(row["files"], "files"),
+                    Amount(row["bytes"]),
+                    *_explained(row["reason"]),
+                ),
             )
             for row in snapshot.refusals
         ],
         ("refused",),
-        ("reason", "where", "files", "bytes"),
+        ("reason", "where", "files", "bytes", "what it means", "what to do"),
         unit="" if by_size else "files",
     )
+
+
+def _explained(reason: str) -> tuple[str, str]:
+    found = EXPLANATIONS.get(reason)
+    return (found.meaning, found.remedy) if found is not None else ("", "")
 
 
 def owners(snapshot: Snapshot) -> Chart:

@@ -18,7 +18,7 @@ from werkzeug.sansio.utils import host_is_trusted
 
 from . import charts
 from .charts import Amount, Chart, Table, bytes_text, time_text
-from .figures import TOP_FILES, Choice, Problem, Row, Snapshot, Source, details
+from .snapshot import TOP_FILES, Choice, Problem, Row, Snapshot, Source, details
 
 TABLE_ROWS: Final = 200
 _WINDOWS: Final = {"": "all", "900": "15 min", "3600": "1 h", "21600": "6 h", "86400": "1 day", "604800": "7 days"}
@@ -44,6 +44,10 @@ _CHARTS: Final[dict[str, tuple[str, str]]] = {
         "Files",
         f"The {TOP_FILES} files whose copies take the most.",
     ),
+    "packages": (
+        "Packages",
+        "The packages whose files' copies take the most; of the files that the broker names in file.statistics.",
+    ),
     "refusals": (
         "Refusals, by reason",
         "How it is at the end of the window. Sizes of files that programs asked for are not known.",
@@ -58,6 +62,7 @@ _CHARTS: Final[dict[str, tuple[str, str]]] = {
 _DRAWN: Final[dict[str, Callable[[Snapshot], Chart]]] = {
     "classes": charts.page_classes,
     "largest": charts.largest,
+    "packages": charts.packages,
     "refusals": charts.refusals,
     "owners": charts.owners,
     "budgets": charts.budgets,
@@ -146,7 +151,10 @@ def _layout(every_s: float) -> html.Div:
                             html.Section([html.H2("Now", className="hidden"), html.Dl(id="tiles", className="tiles")]),
                             _section("saved", _by()),
                             html.H2("Where the bytes are"),
-                            html.Div([_section("classes"), _section("largest")], className="pair"),
+                            html.Div(
+                                [_section("classes"), _section("packages", html.P(id="package-note"))], className="pair"
+                            ),
+                            _section("largest"),
                             html.H2("Why not more"),
                             _section("refusals"),
                             html.Section(
@@ -254,6 +262,7 @@ def _answer(app: Dash, source: Source) -> None:
         Output("tiles", "children"),
         Output("obstacles", "children"),
         Output("reading", "children"),
+        Output("package-note", "children"),
         Output("host", "options"),
         Output("pool", "options"),
         Output("host-choice", "hidden"),
@@ -269,10 +278,10 @@ def _answer(app: Dash, source: Source) -> None:
         choice = _choice(window, host, pool, by)
         snapshot = source.snapshot(choice)
         if snapshot.serial == serial:
-            return [no_update] * (11 + 3 * len(_CHARTS))
+            return [no_update] * (12 + 3 * len(_CHARTS))
         if snapshot.problem is not None:
             shown = [snapshot.serial, _about(snapshot), _problem(snapshot.problem), True]
-            return [*shown, *[no_update] * (7 + 3 * len(_CHARTS))]
+            return [*shown, *[no_update] * (8 + 3 * len(_CHARTS))]
         drawn = {"saved": charts.saved(snapshot, choice)} | {name: draw(snapshot) for name, draw in _DRAWN.items()}
         return [
             snapshot.serial,
@@ -282,6 +291,7 @@ def _answer(app: Dash, source: Source) -> None:
             _tiles(snapshot),
             _obstacles(snapshot),
             _reading(snapshot),
+            snapshot.package_note,
             _options({"": "all"} | {name: name for name in snapshot.hosts}),
             _options({"": "all"} | {name: name for name in snapshot.pools}),
             len(snapshot.hosts) < 2,

@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 from ..common.errors import HostError, UsageError
@@ -35,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how often the page asks for what is new (default: 3)",
     )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="root folder of a guest, whose dpkg or rpm database says which package a file is of (default: /)",
+    )
     parser.add_argument("--address", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument(
         "--allow-remote",
@@ -59,11 +66,11 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> int:
         raise HostError(
             f"the dashboard needs {error.name}, which is not installed", "pip install 'sharearea[dashboard]' brings it"
         ) from None
-    from .figures import Source
     from .page import make_app
+    from .snapshot import Source
 
+    source = Source(options.logs or LOGS, options.root)
     sock = _bound(options.address, options.port)
-    source = Source(options.logs or LOGS)
     try:
         host, port = sock.getsockname()[:2]
         names = [host, options.address] + (["localhost", "127.0.0.1", "::1"] if local else [socket.gethostname()])

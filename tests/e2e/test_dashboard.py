@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def demo() -> Iterator[Path]:
     build = ROOT / "build"
     build.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="test-", dir=build) as work:
-        command = [COMMAND, "demo", "--domains", "3", "--size-mib", "16", "--keep", "--work-dir", work]
+        command = [str(COMMAND), "demo", "--domains", "3", "--size-mib", "16", "--keep", "--work-dir", work]
         subprocess.run(command, capture_output=True, check=True, timeout=300)
         [folder] = Path(work).iterdir()
         yield folder
@@ -192,6 +193,7 @@ def steps(events: list[Event], keys: tuple[str, ...], figures: tuple[str, str]) 
 # --------------------------------------------------------------------------------------------------------------- tests
 
 
+@pytest.mark.skipif(shutil.which("dpkg") is None, reason="this system's packages are not dpkg's")
 def test_the_numbers_on_the_page_are_those_of_the_logs(demo: Path, served: Dashboard, page: Page) -> None:
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
@@ -240,6 +242,14 @@ def test_the_numbers_on_the_page_are_those_of_the_logs(demo: Path, served: Dashb
         ]
         for event in largest
     ]
+    shown = {str(row[0]): row[2] for row in table(page, "packages")}
+    assert len(shown) > 2
+    for package in set(shown) - {"(no package)"}:
+        listed = subprocess.run(["dpkg", "-L", package], capture_output=True, text=True, check=True).stdout.split()
+        # Some packages name /lib what is /usr/lib.
+        named = {f"/common{prefix}{path}" for path in listed for prefix in ("", "/usr")}
+        own = sum(event["sharearea.held_bytes"] for event in ranked[-1] if event["file.path"] in named)
+        assert shown[package] == own > 0, package
     plain: Counter[str] = Counter()
     for event in events_of(demo, "files.plain"):
         plain[event["event.reason"]] += event["sharearea.files"]
@@ -394,6 +404,7 @@ def test_the_keyboard_reaches_everything_in_its_order(served: Dashboard, page: P
     tables = [
         "Saved over time",
         "Page classes",
+        "Packages",
         "Files",
         "Refusals, by reason",
         "Owners per page",
@@ -411,12 +422,12 @@ def test_the_keyboard_reaches_everything_in_its_order(served: Dashboard, page: P
 def test_every_chart_has_a_name_and_a_table(served: Dashboard, page: Page) -> None:
     opened(page, served)
     charts = page.locator(".chart[role=img]")
-    assert charts.count() == page.locator(".chart").count() == page.locator("details").count() == 6
+    assert charts.count() == page.locator(".chart").count() == page.locator("details").count() == 7
     for chart in charts.all():
         assert "table below" in (chart.get_attribute("aria-label") or "")
     assert page.locator("h1").count() == 1
     assert page.locator("html").get_attribute("lang") == "en"
-    for name in ("saved", "classes", "largest", "refusals", "owners", "budgets"):
+    for name in ("saved", "classes", "packages", "largest", "refusals", "owners", "budgets"):
         rows = table(page, name)
         assert rows
         heads = page.locator(f"#{name}-table th[scope=col]").count()

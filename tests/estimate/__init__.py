@@ -1,0 +1,1 @@
+"""Tests of `sharearea estimate`: real images and archives by real tools, compared with a slow count in Python."""
