@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,12 @@ EVERYTHING = "SELECT * EXCLUDE (sequence) FROM lines ORDER BY ALL"
 
 
 @pytest.fixture
-def long_is_short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def long_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat a few kilobytes as a long log."""
     monkeypatch.setattr(intake, "KEEP_BYTES", 32_768)
     monkeypatch.setattr(intake, "_SLICE_BYTES", 131_072)
     monkeypatch.setattr(intake, "_LINE_BYTES", 4096)
     monkeypatch.setattr(intake, "_PACKED_KEEP_BYTES", 100)
-    return
 
 
 def busy(rounds: int, host: str = "h1", pid: int = 100) -> Writer:

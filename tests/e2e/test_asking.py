@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import pty
 import select
 import signal
 import subprocess
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +38,7 @@ def first(host: Host, subject: str | os.PathLike[str], *words: str) -> str:
 
 
 def stats(*words: str | os.PathLike[str]) -> Any:
-    done = run("sharearea", "stats", *map(os.fspath, words))
+    done = run("sharearea", "stats", *(os.fspath(word) for word in words))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -46,7 +48,7 @@ def asking(domain: Domain) -> tuple[str, str]:
 
 
 def test_why_of_files_and_domains(host: Host) -> None:
-    shared, single, secret, small = noise(MIB), noise(MIB), noise(MIB), b"s" * 100
+    shared, single, secret, small = noise(MIB, 1), noise(MIB, 2), noise(MIB, 3), b"s" * 100
     host.configure(pool={"exclude": ["/secret"], "min_file_bytes": 4096})
     assert first(host, "/shared") == "broker-not-running"
     host.start_broker()
@@ -125,19 +127,19 @@ def test_why_of_one_who_was_turned_away(host: Host) -> None:
 def test_why_in_a_pool_that_only_reports(host: Host) -> None:
     host.configure(pool={"mode": "report"})
     host.start_broker()
-    host.add_domains(2, {"shared": noise(MIB)})
+    host.add_domains(2, {"shared": noise(MIB, 4)})
     wait("reports", lambda: host.pool().get("possible_saved_bytes") == MIB)
     assert first(host, "/shared") == "report-only"
     assert first(host, "d1") == "report-only"
 
 
 @pytest.fixture
-def logged(host: Host) -> Iterator[tuple[Host, list[dict[str, Any]]]]:
+def logged(host: Host) -> tuple[Host, list[dict[str, Any]]]:
     """Give a host whose programs have shared something, and all lines that its broker and agents wrote."""
     log = host.folder / "log" / "broker.log"
     host.configure(broker={"log_file": str(log)}, pool={"exclude": ["/secret*"], "min_file_bytes": 4096})
     host.start_broker()
-    files = {"a": noise(2 * MIB), "b": noise(MIB) + bytes(8 * PAGE), "secret": noise(PAGE * 5), "small": b"x"}
+    files = {"a": noise(2 * MIB, 5), "b": noise(MIB, 6) + bytes(8 * PAGE), "secret": noise(PAGE * 5, 7), "small": b"x"}
     domains = host.add_domains(2, files)
     host.wait_offered(2)
     programs: list[Consumer] = []
@@ -165,7 +167,7 @@ def logged(host: Host) -> Iterator[tuple[Host, list[dict[str, Any]]]]:
     lines = [
         json.loads(line) for path in [log, *host.folder.glob("d?.log")] for line in read(path) if line.startswith("{")
     ]
-    yield host, lines
+    return host, lines
 
 
 def last_of(lines: list[dict[str, Any]], event: str, **about: Any) -> dict[str, Any]:
@@ -245,7 +247,7 @@ def test_stats_as_tables_as_csv_and_from_stdin(logged: tuple[Host, list[dict[str
             for row in stats(*config, "--by", by, "--json")["rows"]
         ]
     with (host.folder / "log" / "broker.log").open("rb") as log:
-        command = [BIN / "sharearea", "stats", "--logs", "-", "--by", "pool", "--json"]
+        command = [str(BIN / "sharearea"), "stats", "--logs", "-", "--by", "pool", "--json"]
         piped = subprocess.run(command, stdin=log, capture_output=True, check=True)
     assert json.loads(piped.stdout)["rows"][0]["saved_bytes"] == saved
     # Rotated: the configured log's older ones are read too.
@@ -298,7 +300,7 @@ def terminal(*words: str, width: int = 80) -> Iterator[tuple[subprocess.Popen[by
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         env=os.environ | {"TERM": "xterm", "COLUMNS": str(width), "LINES": "24"},
     )
     try:
@@ -324,13 +326,11 @@ def shown(fd: int, text: str) -> str:
 
 @pytest.mark.parametrize("ending", [b"q", b"\x03"])
 def test_top_shows_what_happens_and_ends_cleanly(host: Host, ending: bytes) -> None:
-    import termios
-
     host.start_broker()
     with terminal("--config", str(host.config), "--interval", "0.2") as (process, screen):
         before = termios.tcgetattr(screen)
         shown(screen, "no domain is connected")
-        host.add_domains(2, {"shared": noise(MIB)})
+        host.add_domains(2, {"shared": noise(MIB, 8)})
         shown(screen, "connected")
         os.write(screen, ending)
         code = wait("its end", lambda: (process.poll(), True) if process.poll() is not None else None)[0]
@@ -353,7 +353,7 @@ def test_top_goes_on_when_the_broker_comes_back(host: Host) -> None:
 def test_top_once_fits_into_80_columns(host: Host) -> None:
     host.configure(pool={"min_file_bytes": 4096, "exclude": ["/secret*"]})
     host.start_broker()
-    host.add_domains(2, {"shared": noise(MIB), "small": b"x", "secret": noise(MIB)})
+    host.add_domains(2, {"shared": noise(MIB, 9), "small": b"x", "secret": noise(MIB, 10)})
     host.wait_offered(1)
     done = run("sharearea", "top", "--once", "--config", str(host.config))
     assert done.returncode == 0, done.stderr
