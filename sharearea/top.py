@@ -95,7 +95,7 @@ class View:
         found: list[RenderableType] = [Text(lines[0], no_wrap=True, overflow="ellipsis")]
         found.append(Text(lines[1], style="bold", no_wrap=True, overflow="ellipsis"))
         if self.trouble:
-            found.append(Text(f"{self.trouble}; trying again", style="red", no_wrap=True, overflow="ellipsis"))
+            found.append(Text(f"trying again: {self.trouble}", style="red", no_wrap=True, overflow="ellipsis"))
         return Group(*found)
 
     def _pools(self) -> Table:
