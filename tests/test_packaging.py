@@ -34,7 +34,19 @@ DEBIAN_12 = {
     "rich": "13.3.1",
     "structlog": "22.3.0",
     "prometheus-client": "0.16.0",
+    "waitress": "2.1.2",
     "watchdog": "2.2.1",
+}
+# Of extras, which pip brings: `stats`, `dashboard` and `estimate` are for whoever looks, not for every host.
+NOT_IN_DEBIAN_12 = {
+    "backports.zstd",
+    "dash",
+    "dissect.btrfs",
+    "dissect.extfs",
+    "dissect.hypervisor",
+    "dissect.volume",
+    "dissect.xfs",
+    "duckdb",
 }
 
 
@@ -158,7 +170,8 @@ def test_debian_12_and_what_is_newest_satisfy_the_requirements(name: str) -> Non
     extras = [text for extra in project.get("optional-dependencies", {}).values() for text in extra]
     for text in project["dependencies"] + extras:
         requirement = Requirement(text)
-        assert requirement.specifier.contains(DEBIAN_12[requirement.name]), text
+        if text not in extras or requirement.name not in NOT_IN_DEBIAN_12:
+            assert requirement.specifier.contains(DEBIAN_12[requirement.name]), text
         assert requirement.specifier.contains("9999"), text
 
 

@@ -20,6 +20,7 @@ from .snapshot import Choice, Row, Snapshot
 # At least 3 to 1 on white and on the dark page's ground.
 COLOURS: Final = ("#2f7ed8", "#c8641e", "#1d8f5b", "#a855c8", "#8a7a1a", "#c43d5a", "#5b7c99", "#7a6bd1")
 _SYMBOLS: Final = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down")
+LINES: Final = len(COLOURS)  # hosts, pools or domains in one chart
 _UNITS: Final = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1))
 CLASSES: Final = {
     "text": "executable text",
@@ -97,7 +98,8 @@ def saved(snapshot: Snapshot, choice: Choice) -> Chart:
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in snapshot.series:
         groups.setdefault((row["host"], row["pool"], row["domain"]), []).append(row)
-    for at, (key, steps) in enumerate(groups.items()):
+    most = sorted(groups, key=lambda key: -abs(groups[key][-1]["net_saved_bytes"] or 0))[:LINES]
+    for at, (key, steps) in enumerate((key, groups[key]) for key in groups if key in most):
         for name, word, dash in (("saved_bytes", words[0], "dot"), ("net_saved_bytes", words[1], "solid")):
             figure.add_scatter(
                 x=[row["step_time"] for row in steps],
@@ -109,7 +111,7 @@ def saved(snapshot: Snapshot, choice: Choice) -> Chart:
                 customdata=[_about_step(row, snapshot, choice) for row in steps],
                 hovertemplate=f"%{{x}}<br>%{{y:,.1f}} {unit}<extra>%{{fullData.name}}</extra>",
             )
-    figure.update_xaxes(type="date", nticks=6, tickangle=0)
+    figure.update_xaxes(type="date", nticks=4, tickangle=0)
     rows: list[Line] = [
         (
             (

@@ -34,7 +34,7 @@ _CHARTS: Final[dict[str, tuple[str, str]]] = {
     "saved": (
         "Saved over time",
         "Dotted: memory saved. Solid: net saved, which is that less all bookkeeping. By domain: what it gave up, and "
-        "that less its part of the area.",
+        f"that less its part of the area. The chart has the {charts.LINES} that matter most, the table all.",
     ),
     "classes": (
         "Page classes",
