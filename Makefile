@@ -31,8 +31,10 @@ test: setup ## all checks and tests: lint, native, native with sanitizers, pytes
 	@$(MAKE) SETUP_IS_DONE=1 lint
 	@$(MAKE) SETUP_IS_DONE=1 native-test
 	@$(MAKE) SETUP_IS_DONE=1 native-test-sanitized
-	@tools/test_tools.sh
 	@tools/prometheus.sh
+	@tools/node.sh
+	@tools/browser.sh >/dev/null
+	@tools/test_tools.sh
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # As root on Debian 12; tests/xen/README.md. Not a part of `test`: it boots a machine of its own.

@@ -20,11 +20,11 @@ from rich.console import Console
 from sharearea.common import native
 from sharearea.common.errors import ShareareaError
 
-from . import dataset, estimate, hashing, intake, memory, sharing
+from . import asking, dataset, estimate, hashing, intake, memory, sharing
 from .host import KIB, MIB, check_room, raise_descriptor_limit
 from .report import Samples, Tell
 
-NAMES: Final = ("hash", "estimate", "intake", "sharing", "memory")
+NAMES: Final = ("hash", "estimate", "stats", "intake", "sharing", "memory")
 _DOMAINS: Final = 4
 _SMALLEST: Final = 16 * KIB  # the broker's default for min_file_bytes
 # The groups of the data set, and who uses which: `sharing` has a, b and own; `memory` has a, then a, b and c.
@@ -119,6 +119,7 @@ def _benches(names: Sequence[str], quick: bool, work: Path) -> dict[str, Callabl
     return {
         "hash": lambda tell: hashing.run(hashing.QUICK if quick else hashing.Sizes(), tell),
         "estimate": lambda tell: estimate.run(estimate.QUICK if quick else estimate.Sizes(), work, tell),
+        "stats": lambda tell: asking.run(asking.QUICK if quick else asking.Sizes(), work, tell),
         "intake": lambda tell: intake.run(intake.QUICK if quick else intake.Sizes(), work, tell),
         "sharing": lambda tell: sharing.run(sizes, data(tell), work, tell),
         "memory": lambda tell: memory.run(

@@ -71,6 +71,7 @@ _SHARE_S: Final = 0.004  # of one round, for one connection
 _LINGER_S: Final = 2.0  # for the last words to a peer that is sent away
 _MAX_SILENT: Final = 32  # connections of one user that have said nothing yet
 _FILES_PER_ANSWER: Final = 1000
+_FILES_LOOKED_AT: Final = 20_000  # for a path, in one answer: some 3 ms
 
 
 def boot_id() -> str:
@@ -495,6 +496,8 @@ class Broker:
         now = time.monotonic()
         match question.get("verb"):
             case "status":
+                assert self._statistics is not None
+                pools = self._pool_snapshots()
                 return {
                     "uptime_ms": int((now - self._started) * 1000),
                     "pid": os.getpid(),
@@ -504,16 +507,27 @@ class Broker:
                     "cpu_ns": time.process_time_ns(),
                     "log_lines_dropped": self.log.dropped,
                     "warnings": list(self.config.warnings),
-                    "pools": self._pool_snapshots(),
+                    "pools": pools,
+                    "host": self._statistics.host(pools),
                 }
             case "pools":
                 return {"pools": self._pool_snapshots()}
             case "domains":
-                return {"domains": self._domain_snapshots(now)}
+                refused = [
+                    {"domain": domain, "reason": reason, "text": text, "ago_ms": int((now - at) * 1000)}
+                    for domain, (at, reason, text) in self.engine.refused.items()
+                ]
+                return {"domains": self._domain_snapshots(now), "refused": refused}
             case "files":
-                start = question.get("start", 0)
+                start, path = question.get("start", 0), question.get("path")
                 if type(start) is not int or start < 0:
                     raise UsageError("files: `start` is a position from 0")
+                if path is not None:
+                    if type(path) is not str:
+                        raise UsageError("files: `path` is a text")
+                    wanted = path.encode("utf-8", "surrogateescape")
+                    files, after = stats.find_files(self.engine.pools(), wanted, start, _FILES_LOOKED_AT)
+                    return {"files": files, "next": after}
                 files = stats.file_snapshots(self.engine.pools(), start, _FILES_PER_ANSWER)
                 return {"files": files, "next": start + len(files) if len(files) == _FILES_PER_ANSWER else None}
             case "detach" | "reattach" as verb:

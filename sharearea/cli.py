@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,12 +19,16 @@ from rich.table import Table
 
 from .common import __version__
 from .common.control import ask
-from .common.errors import HostError, NotInTime, ShareareaError, UsageError
+from .common.errors import ConfigError, HostError, NotInTime, PeerUnreachable, ShareareaError, UsageError
 from .config import BrokerConfig
+from .dashboard.command import add_arguments as add_stats_arguments
+from .dashboard.command import run as run_stats
+from .dashboard.server import add_arguments as add_dashboard_arguments
 from .demo import add_arguments as add_demo_arguments
 from .demo import run as run_demo
 from .estimate.command import add_arguments as add_estimate_arguments
 from .estimate.command import run as run_estimate
+from .why import Facts, explain
 
 DEFAULT_CONFIG: Final = Path("/etc/sharearea/broker.toml")
 
@@ -80,6 +85,30 @@ def _parser() -> argparse.ArgumentParser:
         place = sub.add_mutually_exclusive_group()
         place.add_argument("--socket", type=Path, metavar="PATH", help="the broker's status socket")
         _config_option(place)
+    top = verb("top", "watch a running broker: pools, domains, savings, refusals", _top)
+    top.add_argument(
+        "--interval", type=_interval, default=2.0, metavar="SECONDS", help="between two looks (default: 2)"
+    )
+    top.add_argument("--once", action="store_true", help="print it one time and end")
+    why = verb("why", "say what keeps a file or a domain from sharing, and what to do about it", _why)
+    why.epilog = (
+        "Rules are those of the configuration file. Leases, folders and programs only the guest's agent knows: name "
+        "its control socket with --agent where it can be reached, or run sharearea-agent why PATH in the guest."
+    )
+    why.add_argument(
+        "subject", metavar="PATH|DOMAIN", help="a path as domains see it (it has a slash), or a domain's name"
+    )
+    why.add_argument(
+        "--agent", type=Path, metavar="SOCKET", help="control socket of an agent on this host, to be asked too"
+    )
+    why.add_argument("--json", action="store_true", help="print JSON")
+    why.add_argument(
+        "--socket", type=Path, metavar="PATH", help="the broker's status socket (default: the configured one)"
+    )
+    _config_option(why)
+    place = top.add_mutually_exclusive_group()
+    place.add_argument("--socket", type=Path, metavar="PATH", help="the broker's status socket")
+    _config_option(place)
     _add_area(verbs)
     detach = verb("detach", "bring a domain back to its plain files, before it is saved or migrated", _detach)
     detach.add_argument(
@@ -92,10 +121,15 @@ def _parser() -> argparse.ArgumentParser:
         place = sub.add_mutually_exclusive_group()
         place.add_argument("--socket", type=Path, metavar="PATH", help="the broker's status socket")
         _config_option(place)
+    dashboard = verb("dashboard", "show what log files say, as a page on this machine", _dashboard)
+    add_dashboard_arguments(dashboard)
     demo = verb("demo", "share real files between real processes on this host and measure what it saves", run_demo)
     add_demo_arguments(demo)
     estimate = verb("estimate", "say what guests would share, from their files, before anything runs", _estimate)
     add_estimate_arguments(estimate)
+    add_stats_arguments(
+        verb("stats", "answer from log files: what is saved, where, why not more", _stats), _config_option
+    )
     return parser
 
 
@@ -162,6 +196,10 @@ def _check(options: argparse.Namespace) -> int:
 
 def _estimate(options: argparse.Namespace) -> int:
     return run_estimate(options, _console())
+
+
+def _stats(options: argparse.Namespace) -> int:
+    return run_stats(options, _console(), Console(stderr=True))
 
 
 def _ask(options: argparse.Namespace, question: dict[str, Any]) -> dict[str, Any]:
@@ -366,6 +404,12 @@ def _area_destroy(options: argparse.Namespace) -> int:
     return 0
 
 
+def _dashboard(options: argparse.Namespace) -> int:
+    from .dashboard.server import run
+
+    return run(options, lambda line: print(line, flush=True))
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -374,6 +418,97 @@ def _seconds(text: str) -> float:
     if not 0 <= seconds <= 86_400:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 86400")
     return seconds
+
+
+def _interval(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds < 0.1:
+        raise argparse.ArgumentTypeError("looking costs the broker time: 0.1 seconds at least")
+    return seconds
+
+
+def _top(options: argparse.Namespace) -> int:
+    from .top import once, watch
+
+    path = options.socket or BrokerConfig.load(options.config).status_socket
+
+    def asking(question: dict[str, Any]) -> dict[str, Any]:
+        return ask(path, question)
+
+    if options.once:
+        once(asking, _console(), time.monotonic())
+    else:
+        watch(asking, _console(), options.interval, time.monotonic)
+    return 0
+
+
+def _why(options: argparse.Namespace) -> int:
+    facts = _facts(options)
+    findings = explain(facts)
+    shared = any(finding.code == "shared" for finding in findings)
+    if options.json:
+        rows = [
+            {slot: getattr(finding, slot) for slot in ("code", "who", "where", "meaning", "remedy")}
+            for finding in findings
+        ]
+        _print_json({"subject": facts.subject, "shared": shared, "findings": rows})
+        return 0
+    for finding in findings:
+        who = f"{finding.who}: " if finding.who else ""
+        print(f"{who}{finding.code}: {finding.meaning}")
+        if finding.where:
+            print(f"    {finding.where}")
+        if not finding.remedy.startswith("nothing") or not shared:
+            print(f"    -> {finding.remedy}")
+    return 0
+
+
+def _facts(options: argparse.Namespace) -> Facts:
+    """Ask broker, agent and configuration; what one of them cannot say is left out."""
+    subject: str = options.subject
+    is_path = "/" in subject
+    if is_path:
+        subject = os.path.abspath(subject)
+    config, config_error = None, ""
+    try:
+        config = BrokerConfig.load(options.config)
+    except ConfigError as error:
+        if options.socket is None:
+            raise
+        config_error = error.message
+    path = options.socket or (config.status_socket if config is not None else None)
+    assert path is not None  # or there was an error
+    found: dict[str, Any] = {}
+    agent: dict[str, Any] = {}
+    if options.agent is not None and is_path:
+        try:
+            agent["agent"] = ask(options.agent, {"verb": "file", "path": subject})
+            reported = agent["agent"]["reported_path"]
+        except PeerUnreachable as error:
+            agent["agent_error"], reported = error.message, subject
+    else:
+        reported = subject
+    try:
+        found["status"] = ask(path, {"verb": "status"})
+        answer = ask(path, {"verb": "domains"})
+        found |= {"domains": answer["domains"], "refused": answer["refused"]}
+        if is_path:
+            found["files"] = list(_files_at(path, reported))
+    except PeerUnreachable as error:
+        found = {"broker_error": error.message}
+    size = None
+    if is_path:
+        with contextlib.suppress(OSError):
+            size = os.stat(subject).st_size if os.path.isfile(subject) else None
+    return Facts(reported, config, config_error, local_size=size, **found, **agent)
+
+
+def _files_at(socket: Path, path: str) -> Iterator[dict[str, Any]]:
+    start: int | None = 0
+    while start is not None:
+        answer = ask(socket, {"verb": "files", "start": start, "path": path})
+        yield from answer["files"]
+        start = answer["next"]
 
 
 def _detach(options: argparse.Namespace) -> int:

@@ -86,6 +86,7 @@ _LATE_REPORTS = 10  # grace times after which a restarted broker waits for no re
 _ONES = bytes([0, 1]) + bytes(254)
 _OTHERS = bytes([1, 0]) + b"\1" * 254
 _PIECES = 32  # stretches of slots into which the pages of one Data message go where the area has no room in one piece
+_MAX_REFUSED = 100  # names that are remembered of those who were turned away
 _DRAIN = 64  # files of a domain that has left, forgotten in one step
 
 
@@ -323,6 +324,8 @@ class Engine:
         self._waiting: dict[int, _Waiting] = {}
         self._actions: list[Action] = []
         self._offers: dict[PeerId, dict[FileId, int]] = {}
+        self.refused: dict[str, tuple[float, str, str]] = {}
+        """Who was turned away last, by name: when, the reason code, and what he was told. The latest is last."""
         self._unsaved: list[Change] = []
         self._committing = False
         self._save_at = 0.0
@@ -586,6 +589,7 @@ class Engine:
             ),
         )
         self._reconcile(peer, pool, array("I", hello.held))
+        self.refused.pop(domain, None)
         self._log("domain.joined", domain=domain, pool=pool.name, rule=admission.rule.source, **_who(peer))
 
     def _reconcile(self, peer: _Peer, pool: _Pool, held: Iterable[FileId]) -> None:
@@ -611,7 +615,14 @@ class Engine:
         self._send(peer.id, wire.Refused(reason, text[:1024], int(retry * 1000)))
         self._act(Disconnect(peer.id))
         self._log("domain.refused", domain=domain, reason=reason, detail=text, **_who(peer))
+        self._remember_refused(domain, reason, text)
         del self._peers[peer.id]
+
+    def _remember_refused(self, domain: str, reason: str, text: str) -> None:
+        self.refused.pop(domain, None)
+        self.refused[domain] = (self._now, reason, text)
+        if len(self.refused) > _MAX_REFUSED:
+            del self.refused[next(iter(self.refused))]
 
     def _expel(self, peer_id: PeerId, reason: str, text: str) -> None:
         """End a connection for the peer's own fault."""
@@ -622,6 +633,8 @@ class Engine:
         self._log("peer.strike", domain=peer.domain, pool=pool, reason=reason, detail=text, **_who(peer))
         self._send(peer_id, wire.Refused(reason, text[:1024], int(self.settings.retry * 1000)))
         self._act(Disconnect(peer_id))
+        if peer.domain:
+            self._remember_refused(peer.domain, reason, text)
         self._on_closed(peer_id, reason)
 
     def _strike(self, peer: _Peer, pool: _Pool, reason: str, text: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Final
 from .common.events import EVENTS, OWNER_BUCKETS, path_text
 from .common.wire import PAGE_SIZE
 from .grants import pairs
-from .index import Content, Holdings, Mapped
+from .index import Content, HeldFile, Holdings, Mapped
 from .model import DomainId
 from .pagetable import NO_SLOT, SHARE_PAGE
 
@@ -282,6 +282,7 @@ def domain_snapshots(
                 "domain": domain,
                 "pool": pool.name,
                 "state": "connected",
+                "detached": domain in pool.detached,
                 "uid": peer.identity.uid if peer.identity.backend == "local" else None,
                 "files": len(holdings.files),
                 "file_bytes": holdings.size_bytes,
@@ -314,6 +315,7 @@ def domain_snapshots(
                 "domain": domain,
                 "pool": pool.name,
                 "state": "absent",
+                "detached": domain in pool.detached,
                 "domid": domid_of(pool, domain),
                 "owned_files": files,
                 "owned_pages": pages,
@@ -478,32 +480,50 @@ def _prints(pool: Any, slots: array[int], ids: bytes, stretches: list[tuple[int,
 
 def file_snapshots(pools: Mapping[str, Any], start: int, count: int) -> list[dict[str, Any]]:
     """Return up to `count` files from position `start` of all files that domains hold."""
+    return [_file(*each) for each in islice(_held_files(pools, start), count)]
+
+
+def find_files(pools: Mapping[str, Any], path: bytes, start: int, most: int) -> tuple[list[dict[str, Any]], int | None]:
+    """Return those with a path among the next `most` files from position `start` of all files that domains hold.
+
+    And where to go on; None: that was all.
+    """
     found: list[dict[str, Any]] = []
+    looked = 0
+    for each in islice(_held_files(pools, start), most):
+        looked += 1
+        if each[3].path == path:
+            found.append(_file(*each))
+    return found, start + looked if looked == most else None
+
+
+def _held_files(pools: Mapping[str, Any], start: int) -> Iterator[tuple[Any, DomainId, int, HeldFile]]:
+    """Yield pool, domain, number and file, from a position on."""
     position = 0
     for pool in pools.values():
         for domain, holdings in pool.index.domains.items():
             if position + len(holdings.files) <= start:
                 position += len(holdings.files)
                 continue
-            for file, held in holdings.files.items():
-                position += 1
-                if position <= start:
-                    continue
-                content = held.content
-                owner = pool.index.owners.get((domain, file))
-                found.append(
-                    {
-                        "pool": pool.name,
-                        "domain": domain,
-                        "path": held.path.decode("utf-8", "backslashreplace"),
-                        "size_bytes": held.size,
-                        "pages": content.page_count,
-                        "pages_in_area": pool.index.count_available(content),
-                        "pages_owned": owner.page_count if owner is not None else 0,
-                        "holders": len(content.holders),
-                        "whole": content.root is not None,
-                    }
-                )
-                if len(found) == count:
-                    return found
-    return found
+            for file, held in islice(holdings.files.items(), max(0, start - position), None):
+                yield pool, domain, file, held
+            position += len(holdings.files)
+
+
+def _file(pool: Any, domain: DomainId, file: int, held: HeldFile) -> dict[str, Any]:
+    content = held.content
+    owner = pool.index.owners.get((domain, file))
+    return {
+        "pool": pool.name,
+        "domain": domain,
+        "path": held.path.decode("utf-8", "backslashreplace"),
+        "size_bytes": held.size,
+        "pages": content.page_count,
+        "zero_pages": content.page_count - content.nonzero_pages,
+        "text_pages": content.text_pages,
+        "pages_in_area": pool.index.count_available(content),
+        "pages_owned": owner.page_count if owner is not None else 0,
+        "holders": len(content.holders),
+        "whole": content.root is not None,
+        "undelivered": content in pool.undelivered,
+    }

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from bench import dataset, estimate, hashing, host, intake, ksm, memory, sharing
+from bench import asking, dataset, estimate, hashing, host, intake, ksm, memory, sharing
 from bench.report import Samples, show
 from sharearea.common import native
 from sharearea.common.errors import HostError, NativeError
 from sharearea.common.wire import PAGE_SIZE
+from tests.lines import faults, read
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -67,6 +68,21 @@ def test_hash_compares_every_kernel_that_runs() -> None:
     native.select_hash_kernel(before)
     for other in (hashing.PACKAGE, hashing.MEMCPY):
         assert len(found.samples[f"pages, {fastest} / {other}", "rate_ratio"]) == 2
+
+
+def test_stats_are_asked_cold_and_again_on_lines_that_fit(disk_path: Path) -> None:
+    log = disk_path / "a.log"
+    asking.write_lines(log, 3000)
+    lines = read(log)
+    assert len(lines) == 3000
+    assert [fault for fault in faults(lines) if " follows line " not in fault] == []
+    log.unlink()
+    cases = metrics(asking.run(asking.Sizes(3000, rounds=1), disk_path, quiet))
+    assert set(cases) == {f"{name}, {state}" for name in asking.QUESTIONS for state in ("cold", "again")} | {
+        "last hour, cold"
+    }
+    assert all(measured == {"time_s", "cpu_s", "memory_bytes"} for measured in cases.values())
+    assert not list(disk_path.iterdir())
 
 
 def test_estimate_measures_every_kind_of_root_and_the_tally(disk_path: Path) -> None:

@@ -1382,6 +1382,28 @@ class Agent:
         """Return whether a file was seen under this reported path."""
         return path in self._by_path
 
+    def file_status(self, path: bytes) -> dict[str, object] | None:
+        """Return how a file stands, by its reported path; None if the agent does not know it.
+
+        `reason`: why it is plain, as a reason code; "" where programs share it, or could as soon as one asks.
+        """
+        file = self._by_path.get(path)
+        if file is None or file.version is None:
+            return None
+        shared = file.stage is Stage.SHARED
+        reason = "" if shared else self._why_plain(file)
+        if reason == "lease-refused" and not file.uses:
+            reason = ""  # nothing is in the way: no program has asked
+        return {
+            "reason": reason,
+            "stage": file.stage.name.lower(),
+            "reported": file.reported,
+            "verdict": _code(file.verdict) if file.verdict is not None else None,
+            "offered_pages": file.available,
+            "attached_pages": file.granted_pages if shared else 0,
+            "programs": len({consumer for consumer, _ in file.uses}),
+        }
+
     def paths(self) -> list[bytes]:
         """Return the reported paths of all known files."""
         return list(self._by_path)

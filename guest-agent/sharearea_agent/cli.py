@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     verb("run", "run the agent in the foreground", _run)
     status = verb("status", "show what a running agent does", _status)
     status.add_argument("--json", action="store_true", help="print JSON")
+    why = verb("why", "say what keeps a file of this guest from being shared", _why)
+    why.add_argument("path", metavar="PATH", help="the file, by its path on this system")
+    why.add_argument("--json", action="store_true", help="print JSON")
     detach = verb("detach", "bring programs back to their plain files, until `reattach`", _detach)
     which = detach.add_mutually_exclusive_group(required=True)
     which.add_argument("path", nargs="?", metavar="PATH", help="one file, by its path on this system")
@@ -118,6 +121,28 @@ def _status(options: argparse.Namespace) -> int:
         ("agent's private memory", f"{status['private_bytes'] / (1 << 20):.1f} MiB"),
     ):
         print(f"  {label}: {text}")
+    return 0
+
+
+def _why(options: argparse.Namespace) -> int:
+    from .common.explain import EXPLANATIONS, STATES
+
+    said = _ask(options, {"verb": "file", "path": os.path.abspath(options.path)})
+    if not said["known"]:
+        code = said["left_out"] or "not-seen-yet"
+    elif said["attached_pages"]:
+        code = "shared"
+    else:
+        code = said["reason"] or "no-consumer"
+    if options.json:
+        print(json.dumps(said | {"code": code}, indent=2, sort_keys=True))
+        return 0
+    found = STATES.get(code) or EXPLANATIONS.get(code)
+    print(f"{code}: {found.meaning}" if found is not None else code)
+    if code == "shared":
+        print(f"    {said['attached_pages']} pages are mapped from the area by {said['programs']} programs")
+    elif found is not None:
+        print(f"    -> {found.remedy}")
     return 0
 
 

@@ -29,6 +29,7 @@ from .cache import FingerprintCache, coarse_clock_ns
 from .common import __version__, native, wire
 from .common.control import ControlServer
 from .common.errors import HostError, NativeError, ProtocolError, ShareareaError, UsageError
+from .common.events import path_text
 from .common.link import Link, LinkClosed, QueueFull
 from .common.logs import EventLog
 from .common.ring_link import RingLink
@@ -750,6 +751,11 @@ class Runner:
                 if path is not None and not isinstance(path, str):
                     raise UsageError("detach: `path` is a text, or null for all files")
                 return {"files": self._detach(path)}
+            case "file":
+                path = question.get("path")
+                if not isinstance(path, str):
+                    raise UsageError("file: `path` is a text")
+                return self._file(path)
             case "reattach":
                 self._events.append(agent.Reattach())
                 self.log.event("files.reattached")
@@ -758,15 +764,29 @@ class Runner:
                 self._events.append(agent.DropNow())
                 return {}
             case verb:
-                raise UsageError(f"no such question: {verb!r}", "status, detach, reattach or drop")
+                raise UsageError(f"no such question: {verb!r}", "status, file, detach, reattach or drop")
+
+    def _file(self, path: str) -> dict[str, Any]:
+        """Return how a file stands, and if it is not known, why not."""
+        reported = self._reported(path)
+        answer: dict[str, Any] = {"path": path, "reported_path": path_text(reported), "known": True, "left_out": ""}
+        answer |= {"connected": self.agent.status()["connected"], "scanning": self._scanning}
+        status = self.agent.file_status(reported)
+        if status is not None:
+            return answer | status
+        why, resident = self._scanner.why_not(reported) if self._scanner is not None else ("no-broker", 0)
+        return answer | {"known": False, "left_out": why, "resident_pages": resident}
+
+    def _reported(self, path: str) -> bytes:
+        root = os.fspath(self.config.root).rstrip("/")
+        if root and not path.startswith(root + "/"):
+            raise UsageError(f"{path} is not inside {self.config.root}", "give the path as this system sees it")
+        return os.fsencode(path[len(root) :])
 
     def _detach(self, path: str | None) -> int:
         reported = None
         if path is not None:
-            root = os.fspath(self.config.root).rstrip("/")
-            if root and not path.startswith(root + "/"):
-                raise UsageError(f"{path} is not inside {self.config.root}", "give the path as this system sees it")
-            reported = os.fsencode(path[len(root) :])
+            reported = self._reported(path)
             if not self.agent.knows(reported):
                 raise UsageError(f"{path} is not a file that this agent reports", "see `sharearea-agent status`")
         files = 1 if path is not None else int(self.agent.status()["attached_files"])  # type: ignore[call-overload]

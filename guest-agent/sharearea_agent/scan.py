@@ -385,6 +385,36 @@ class Scanner:
         finally:
             os.close(at)
 
+    def why_not(self, path: bytes) -> tuple[str, int]:
+        """Return why a file (reported path) is not reported, as a reason code, and its resident pages.
+
+        "" if it is, or will be. Quick: it asks the kernel about one file. Any thread may ask.
+        """
+        if self._folder_of(path) is None:
+            return "not-designated", 0
+        rules = PathFilter(self.settings.include_hints, self.settings.exclude_hints + self.settings.exclude)
+        outcome = rules.decide(path)[0] if self.hints_ignored is None else Outcome.PASS
+        if outcome is not Outcome.PASS:
+            return ("excluded" if outcome is Outcome.EXCLUDED else "not-included"), 0
+        folder, _, name = path.rpartition(b"/")
+        try:
+            at, device = self._open_folder(folder, _PASSING_FLAGS)
+            try:
+                fd, status = self._open_file(name, at, device)
+            finally:
+                os.close(at)
+        except _NotHere as why:
+            return why.reason or "special", 0
+        except FileNotFoundError:
+            return "deleted", 0
+        except OSError:
+            return "unreadable", 0
+        try:
+            resident = sum(array("I", native.resident_runs(fd, -(-status.st_size // PAGE_SIZE)))[1::2])
+        finally:
+            os.close(fd)
+        return ("" if resident else "not-resident"), resident
+
     # ------------------------------------------------------------------------------------------------------- walking
 
     def walk(self, under: Iterable[bytes] | None = None) -> Pass:

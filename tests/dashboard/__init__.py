@@ -1,0 +1,1 @@
+"""Tests of what answers from log files."""
