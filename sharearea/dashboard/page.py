@@ -89,7 +89,8 @@ _INDEX: Final = """<!DOCTYPE html>
 def make_app(source: Source, hosts: Sequence[str], every_s: float) -> Dash:
     """Return the page over a source.
 
-    `hosts`: names and addresses under which it may be asked for, without the port; empty: any. `every_s`: how often the page asks.
+    `hosts`: names and addresses under which it may be asked for, without the port; empty: any. `every_s`: how often the
+    page asks.
     """
     app = Dash(
         __name__,
