@@ -1,8 +1,7 @@
 """How long `sharearea stats` takes on logs of ten million lines, and how much memory: cold, and when it knows them.
 
 The lines are those of a host with 32 domains that are busy: figures on a timer, gathered events every 10 s, of broker
-and agents in one file. The real EventLog writes one of each kind; the others are made of it with other times and
-numbers.
+and agents in one file. The real EventLog writes one of each kind; the others differ in times and numbers.
 Every question runs in a process of its own, as a user would ask it. The log is in the page cache.
 """
 

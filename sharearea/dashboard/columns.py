@@ -74,6 +74,7 @@ def columns_of(events: Iterable[str]) -> dict[str, Column]:
 GROUPS: Final[dict[str, tuple[str, ...]]] = {
     "domains": ("domain.statistics",),
     "files": ("file.statistics",),
+    "plain": ("files.plain",),
     "traffic": (
         "pages.published",
         "pages.granted",
@@ -101,7 +102,7 @@ def mark(event: str) -> str:
     return f', "log.level": "{kind.level}", "message": "{kind.message}", "ecs.version"'[:_MARK_CHARACTERS]
 
 
-MARK: Final = f"line[{_TIME_CHARACTERS + 1}:{_TIME_CHARACTERS + _MARK_CHARACTERS}]"
+MARK: Final = f"substring(line, {_TIME_CHARACTERS + 1}, {_MARK_CHARACTERS})"
 """Where `mark` is, as SQL over `line`."""
 
 

@@ -21,7 +21,7 @@ NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "domain": (*_SUMMARY, "domain.statistics"),
     "file": (*_SUMMARY, "file.statistics"),
     "package": (*_SUMMARY, "file.statistics"),
-    "reason": _SUMMARY,
+    "reason": (*_SUMMARY, "files.plain"),
 }
 """Events that each question is answered from."""
 

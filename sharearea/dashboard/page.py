@@ -89,7 +89,8 @@ _INDEX: Final = """<!DOCTYPE html>
 def make_app(source: Source, hosts: Sequence[str], every_s: float) -> Dash:
     """Return the page over a source.
 
-    `hosts`: names and addresses under which it may be asked for, without the port. `every_s`: how often the page asks.
+    `hosts`: names and addresses under which it may be asked for, without the port; empty: any. `every_s`: how often the
+    page asks.
     """
     app = Dash(
         __name__,
@@ -120,7 +121,7 @@ def _guard(app: Dash, hosts: Sequence[str]) -> None:
     )
 
     def known() -> Any:
-        # werkzeug keeps the port off; an IPv6 address it leaves in brackets.
+        # werkzeug takes the port off; an IPv6 address it leaves in brackets.
         if not host_is_trusted(flask.request.host, [*hosts, *(f"[{host}]" for host in hosts if ":" in host)]):
             return flask.Response("this dashboard is not served under that name\n", 400, mimetype="text/plain")
         return None

@@ -73,7 +73,8 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> int:
     sock = _bound(options.address, options.port)
     try:
         host, port = sock.getsockname()[:2]
-        names = [host, options.address] + (["localhost", "127.0.0.1", "::1"] if local else [socket.gethostname()])
+        # Who is let in from elsewhere comes by names that we cannot know.
+        names = [host, "localhost", "127.0.0.1", "::1"] if local else []
         app = make_app(source, names, options.every)
         server: Any = waitress.server.create_server(app.server, sockets=[sock], threads=_THREADS, ident=None)
         say(f"dashboard: http://{f'[{host}]' if ':' in host else host}:{port}/ (Ctrl-C ends it)")

@@ -393,36 +393,39 @@ LEFT JOIN rounds USING (host);
 -- still being written (nothing else has been heard of its broker since).
 CREATE OR REPLACE VIEW files AS
 WITH
-    numbered AS (
+    begun AS (
         SELECT
-            *,
-            count(*) FILTER (WHERE rank = 1)
-                OVER (PARTITION BY host, pool ORDER BY time, sequence ROWS UNBOUNDED PRECEDING) AS ranking
-        FROM file_history
+            host, pool, time AS begin_time,
+            coalesce(lead(time) OVER (PARTITION BY host, pool ORDER BY time), TIMESTAMP 'infinity') AS end_time
+        FROM file_history WHERE rank = 1
+        QUALIFY row_number() OVER (PARTITION BY host, pool ORDER BY time DESC) <= 2
     ),
     rankings AS (
-        SELECT host, pool, ranking, max(time) AS ended, count(*) AS rows_there
-        FROM numbered GROUP BY host, pool, ranking
+        SELECT host, pool, begin_time, end_time, max(time) AS last_time, count(*) AS rows_there
+        FROM begun JOIN file_history USING (host, pool)
+        WHERE time >= begin_time AND time < end_time
+        GROUP BY ALL
     ),
     heard AS (
-        SELECT host, max(time) AS heard FROM events
+        SELECT host, max(time) AS heard_time FROM events
         WHERE program = 'broker' AND event <> 'file.statistics' GROUP BY host
     ),
     chosen AS (
-        SELECT host, pool, ranking
+        SELECT host, pool, begin_time, end_time
         FROM (
-            SELECT *, lag(rows_there) OVER (PARTITION BY host, pool ORDER BY ranking) AS rows_before FROM rankings
+            SELECT *, lag(rows_there) OVER (PARTITION BY host, pool ORDER BY begin_time) AS rows_before FROM rankings
         )
         LEFT JOIN heard USING (host)
-        WHERE rows_before IS NULL OR rows_there >= rows_before OR heard > ended
-        QUALIFY row_number() OVER (PARTITION BY host, pool ORDER BY ranking DESC) = 1
+        WHERE rows_before IS NULL OR rows_there >= rows_before OR heard_time > last_time
+        QUALIFY row_number() OVER (PARTITION BY host, pool ORDER BY begin_time DESC) = 1
     )
 SELECT
-    numbered.time, host, pool, rank, path, size_bytes, domains, files, pages, pages_in_area, pages_owned, held_bytes,
+    time, host, pool, rank, path, size_bytes, domains, files, pages, pages_in_area, pages_owned, held_bytes,
     possible_saved_bytes, coalesce(text_bytes, 0) AS text_bytes, coalesce(rodata_bytes, 0) AS rodata_bytes,
     pages_owned * 4096 AS mapped_bytes
-FROM numbered
-JOIN chosen USING (host, pool, ranking);
+FROM file_history
+JOIN chosen USING (host, pool)
+WHERE time >= begin_time AND time < end_time;
 
 -- ---------------------------------------------------------------------------------------------------- savings over time
 

@@ -118,7 +118,7 @@ def test_what_is_kept_says_the_same_as_what_is_read(tmp_path: Path) -> None:
             assert logs.query("SELECT count(*) AS n FROM domain_history") == [{"n": 0}]
     assert everything(path, cache=cache) == expected
     parts = {part: part.stat().st_mtime_ns for part in cache.rglob("*.parquet")}
-    assert {part.name.split(".")[1] for part in parts} == {"summary", "domains", "files", "traffic"}
+    assert {part.name.split(".")[1] for part in parts} == {"summary", "domains", "files", "plain", "traffic"}
     assert everything(path, cache=cache) == expected
     assert {part: part.stat().st_mtime_ns for part in cache.rglob("*.parquet")} == parts, "they were used"
 

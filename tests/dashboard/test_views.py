@@ -71,11 +71,11 @@ def test_every_field_is_a_column_and_no_name_means_two_things() -> None:
 
 
 def test_marks_are_where_the_programs_write_them() -> None:
-    first, last = (int(place) for place in columns.MARK.removeprefix("line[").removesuffix("]").split(":"))
+    first, count = (int(place) for place in columns.MARK.removeprefix("substring(line, ").removesuffix(")").split(","))
     for event in EVENTS:
         service = "sharearea" if "broker" in EVENTS[event].programs else "sharearea-agent"
         line = Writer(service=service).say(0, event)
-        assert line[first - 1 : last] == columns.mark(event), event
+        assert line[first - 1 :][:count] == columns.mark(event), event
     for mine in columns.GROUPS.values():
         others = {columns.mark(event) for event in EVENTS if event not in mine}
         assert not others & {columns.mark(event) for event in mine}

@@ -70,8 +70,8 @@ def browser(playwright: Playwright) -> Iterator[Browser]:
 class Dashboard:
     """The command, served on a port of its own."""
 
-    def __init__(self, *logs: Path | str, cache: Path) -> None:
-        arguments = ["dashboard", "--port", "0", "--every", "0.5", "--logs", *map(str, logs)]
+    def __init__(self, *logs: Path | str, cache: Path, more: tuple[str, ...] = ()) -> None:
+        arguments = ["dashboard", *more, "--port", "0", "--every", "0.5", "--logs", *map(str, logs)]
         self.process = subprocess.Popen(
             [COMMAND, *arguments],
             stdout=subprocess.PIPE,
@@ -81,7 +81,7 @@ class Dashboard:
         )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
+        found = re.search(r"http://[\d.]+:(\d+)/", line)
         assert found is not None, line + self.process.stdout.read()
         self.url, self.port = found[0], int(found[1])
 
@@ -584,6 +584,18 @@ def test_other_names_are_not_answered_and_nothing_else_is_allowed(served: Dashbo
     assert "default-src 'none'" in policy
     assert "connect-src 'self'" in policy
     assert "http" not in policy
+
+
+def test_who_is_let_in_from_elsewhere_comes_by_any_name(tmp_path: Path) -> None:
+    more = ("--address", "0.0.0.0", "--allow-remote")
+    dashboard = Dashboard(tmp_path / "none.log", cache=tmp_path / "cache", more=more)
+    try:
+        url = f"http://127.0.0.1:{dashboard.port}/"
+        request = urllib.request.Request(url, headers={"Host": f"dom0.example:{dashboard.port}"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert answer.status == 200
+    finally:
+        dashboard.close()
 
 
 @pytest.mark.parametrize("library", ["dash", "duckdb", "waitress"])
