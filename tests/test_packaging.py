@@ -75,11 +75,12 @@ def pip(arguments: list[str]) -> None:
 
 
 def module_files(name: str) -> set[str]:
-    """The Python files that a distribution carries, and its schemas, beginning with its package's name."""
+    """The Python files that a distribution carries, its schemas and views, beginning with its package's name."""
     package = name.replace("-", "_")
     top = FOLDERS[name] / package
     found = {f"{package}/py.typed"}
     found |= {f"{package}/schemas/{path.name}" for path in (top / "schemas").glob("*.json")}
+    found |= {str(path.relative_to(top.parent)) for path in top.glob("dashboard/*.sql")}
     for folder, _, files in os.walk(top, followlinks=True):
         found |= {str(Path(package, folder, file).relative_to(top.parent)) for file in files if file.endswith(".py")}
     return {str(Path(file)) for file in found}
