@@ -88,7 +88,7 @@ def pip(arguments: list[str]) -> None:
 
 
 def module_files(name: str) -> set[str]:
-    """The Python files that a distribution carries, and its schemas, beginning with its package's name."""
+    """The Python files that a distribution carries, its schemas and views, beginning with its package's name."""
     package = name.replace("-", "_")
     top = FOLDERS[name] / package
     found = {f"{package}/py.typed"}

@@ -20,7 +20,7 @@ _BLOCK = re.compile(r"( *)(-- generated: ([a-z-]+)\n).*?( *-- end\n)", re.DOTALL
 
 def _lines() -> list[str]:
     columns = list(COLUMNS.values())
-    found = ["CREATE VIEW IF NOT EXISTS lines AS", "SELECT"]
+    found = ["CREATE OR REPLACE VIEW lines AS", "SELECT"]
     found += [f"    {column.sql} AS {column.quoted}," for column in columns]
     found[-1] = found[-1].rstrip(",")
     found += ["FROM read_json(", "    getvariable('logs'),", f"    {READ_OPTIONS},", "    columns = {"]

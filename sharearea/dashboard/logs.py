@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import glob
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -27,9 +28,13 @@ MEMORY_BYTES: Final = 512 << 20
 _MISSING: Final = "pip install 'sharearea[dashboard]' brings it"
 
 
-def views() -> str:
-    """Return the text of views.sql."""
-    return (resources.files(__package__) / "views.sql").read_text()
+_LINES: Final = re.compile(r"^-- generated: lines$.*?^-- end$", re.DOTALL | re.MULTILINE)
+
+
+def views(*, with_lines: bool = True) -> str:
+    """Return the text of views.sql; without what reads the lines, for where they were loaded already."""
+    text = (resources.files(__package__) / "views.sql").read_text()
+    return text if with_lines else _LINES.sub("", text)
 
 
 def cache_folder() -> Path:
@@ -126,7 +131,7 @@ class Logs:
             parts = ", ".join(text(os.fspath(path)) for path in self._intake.parts)
             rows += f" UNION ALL BY NAME FROM read_parquet([{parts}], union_by_name = true)"
         self._connection.execute(f"CREATE OR REPLACE VIEW lines AS {rows}")
-        self._connection.execute(views())
+        self._connection.execute(views(with_lines=False))
         self.window(self._since, self._until)
 
     def _look(self) -> list[Log]:

@@ -12,9 +12,9 @@
 
 -- ------------------------------------------------------------------------------------------------------------- lines
 
--- Every line as a row. What is no event of ours has no event name. It is there already where the lines were loaded.
+-- Every line as a row. What is no event of ours has no event name. (logs.py leaves this one out, and has its own.)
 -- generated: lines
-CREATE VIEW IF NOT EXISTS lines AS
+CREATE OR REPLACE VIEW lines AS
 SELECT
     "@timestamp" AS "time",
     CASE WHEN starts_with("event.dataset", 'sharearea.') THEN "event.name" END AS "event",
