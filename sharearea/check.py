@@ -7,6 +7,7 @@ them. On `local` broker and agents run on this host; on `xen` this is dom0, and 
 from __future__ import annotations
 
 import errno
+import importlib.util
 import mmap
 import os
 import resource
@@ -50,6 +51,7 @@ def check_host(config: BrokerConfig, toolstack: Toolstack | None = None) -> list
     if config.backend == "xen":
         findings += _xen(config, toolstack or Toolstack())
     findings += _folders(config)
+    findings += _metrics(config)
     findings += _policy(config)
     return findings
 
@@ -287,6 +289,17 @@ def _folders(config: BrokerConfig) -> Iterator[Finding]:
             yield Finding("ok", name, f"{path}" + ("" if existing == path else " (will be created)"))
 
 
+def _metrics(config: BrokerConfig) -> Iterator[Finding]:
+    if config.metrics_listen:
+        if importlib.util.find_spec("prometheus_client") is None:
+            remedy = (
+                "install python3-prometheus-client (Debian) or sharearea[metrics] (pip), or leave metrics_listen out"
+            )
+            yield Finding("fail", "metrics", "prometheus-client is not installed", remedy)
+        else:
+            yield Finding("ok", "metrics", f"http://{config.metrics_listen}/metrics")
+
+
 def _policy(config: BrokerConfig) -> Iterator[Finding]:
     for warning in config.warnings:
         yield Finding("note", "configuration", warning)
@@ -298,7 +311,7 @@ def _policy(config: BrokerConfig) -> Iterator[Finding]:
             f"pool {rules.name}",
             f"pages that {rules.k} domains hold, in files from {rules.min_file_bytes} bytes on; area up to "
             f"{rules.max_area_bytes >> 20} MiB; {sum(rule.pool == rules.name for rule in config.policy.domains)} rules"
-            f"{_reclaim(rules)}",
+            f"{_reclaim(rules)}{'; it only reports, nothing is shared' if rules.mode == 'report' else ''}",
         )
 
 

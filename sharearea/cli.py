@@ -216,6 +216,8 @@ def _status(options: argparse.Namespace) -> int:
         highlight=False,
         soft_wrap=True,
     )
+    if status["log_lines_dropped"]:
+        console.print(f"note: {status['log_lines_dropped']} lines of the log could not be written", highlight=False)
     for warning in status["warnings"]:
         console.print(f"note: {warning}", highlight=False, markup=False, soft_wrap=True)
     _print_pools(console, status["pools"])

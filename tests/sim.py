@@ -2676,6 +2676,9 @@ class World:
             return  # a grant that is cut short is given back at each offer, and in a full area they do not end
         # A program without room is not at rest yet, and takes its grants out of the budget by turns.
         trying = [file for file in agent._files.values() if file.in_vain]
+        if trying:
+            # Nor is a file that asks for what was just given back: its grants may be on their way.
+            trying += [file for file in agent._files.values() if file.stage in (Stage.LEASING, Stage.ASKING)]
         for file in trying:
             if file.version is not None:
                 held.pop(file.version.id, None)
