@@ -169,6 +169,7 @@ def test_each_brings_its_command(name: str) -> None:
 def test_debian_12_and_what_is_newest_satisfy_the_requirements(name: str) -> None:
     project = pyproject(name)["project"]
     extras = [text for extra in project.get("optional-dependencies", {}).values() for text in extra]
+    assert not {Requirement(text).name for text in project["dependencies"]} & NOT_IN_DEBIAN_12
     for text in project["dependencies"] + extras:
         requirement = Requirement(text)
         if text not in extras or requirement.name not in NOT_IN_DEBIAN_12:

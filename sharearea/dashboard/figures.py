@@ -111,12 +111,7 @@ SELECT
     (SELECT (sum(self_shared_pages) * 4096)::BIGINT FROM pool_statistics WHERE is_current) AS self_shared_bytes,
     (SELECT sum(area_max_bytes)::BIGINT FROM pool_statistics WHERE is_current) AS area_max_bytes,
     (SELECT sum(grants_used)::BIGINT FROM pool_statistics WHERE is_current) AS grants_used,
-    (SELECT sum(grants_max)::BIGINT FROM pool_statistics WHERE is_current) AS grants_max,
-    (SELECT (sum(growth) FILTER (WHERE counter = 'published_pages_total') * 4096)::BIGINT FROM counters)
-        AS published_bytes,
-    (SELECT (sum(growth) FILTER (WHERE counter = 'granted_pages_total') * 4096)::BIGINT FROM counters)
-        AS granted_bytes,
-    (SELECT sum(growth) FILTER (WHERE counter = 'cpu_ns_total')::BIGINT FROM counters) AS cpu_ns
+    (SELECT sum(grants_max)::BIGINT FROM pool_statistics WHERE is_current) AS grants_max
 FROM host_statistics
 """
 
@@ -124,6 +119,11 @@ FROM host_statistics
 def overview(logs: Logs) -> Row:
     """Return the figures of all hosts together, and where the bytes are."""
     [figures] = logs.query(_TOTALS)
+    [grown] = logs.query(
+        "SELECT (sum(growth) FILTER (WHERE counter = 'published_pages_total') * 4096)::BIGINT AS published_bytes, "
+        "(sum(growth) FILTER (WHERE counter = 'granted_pages_total') * 4096)::BIGINT AS granted_bytes, "
+        "(sum(growth) FILTER (WHERE counter = 'cpu_ns_total'))::BIGINT AS cpu_ns FROM counters"
+    )
     [extremes] = logs.query(
         # Several hosts report at different moments, so highest and mean of the sum are not known: only of one host.
         "SELECT CASE WHEN count(*) = 1 THEN any_value(saved_bytes_max) END AS saved_bytes_max, "
@@ -147,6 +147,7 @@ def overview(logs: Logs) -> Row:
         owners[f"slots_{row['kind']}_by_{row['owners']}"] = row["slots"]
     return plain(
         figures
+        | grown
         | extremes
         | refused
         | {"io_avoided_bytes": None}

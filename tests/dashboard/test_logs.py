@@ -94,9 +94,11 @@ def test_events_of_a_later_version_are_kept_by_name(tmp_path: Path) -> None:
         assert logs.query("SELECT event FROM events") == [{"event": "page.teleported"}]
 
 
+@pytest.mark.usefixtures("long_is_short")
 @pytest.mark.parametrize("spaces", [(",", ":"), (", ", " : ")])
 def test_lines_that_a_shipper_wrote_anew_are_read_all_the_same(tmp_path: Path, spaces: tuple[str, str]) -> None:
-    writer = busy(5)
+    writer = busy(20)
+    assert len(writer.text()) > intake.KEEP_BYTES
     expected = everything(writer.save(tmp_path / "a.log"))
     lines = [json.dumps(dict(reversed(json.loads(line).items())), separators=spaces) for line in writer.lines]
     (tmp_path / "a.log").write_text("\n".join(lines) + "\n")
@@ -152,6 +154,31 @@ def test_a_log_that_begins_anew_is_another_one(tmp_path: Path) -> None:
     expected = everything(second.save(path))
     assert path.stat().st_ino == inode
     assert everything(path, cache=cache) == expected
+
+
+@pytest.mark.usefixtures("long_is_short")
+def test_parts_that_overlap_count_once(tmp_path: Path) -> None:
+    writer, path = busy(60), tmp_path / "a.log"
+    text = writer.text().encode()
+    path.touch()
+    for end, cache in ((len(text) * 2 // 3, tmp_path / "one"), (len(text), tmp_path / "other")):
+        path.write_bytes(text[: text.rfind(b"\n", 0, end) + 1])
+        everything(path, cache=cache)
+    shutil.copytree(tmp_path / "one", tmp_path / "other", dirs_exist_ok=True)
+    assert len(everything(path, cache=tmp_path / "other")) == len(writer.lines)
+    # Cut short in its place: what is beyond the end is not there any more.
+    with path.open("r+b") as file:
+        file.truncate(text.find(b"\n", len(text) // 2) + 1)
+    assert everything(path, cache=tmp_path / "other") == everything(path)
+
+
+def test_a_log_without_a_last_newline_does_not_swallow_the_next_one(tmp_path: Path) -> None:
+    one, other = busy(1), busy(1, host="h2")
+    (tmp_path / "a.log").write_text(one.text().rstrip("\n"))
+    os.utime(tmp_path / "a.log", (0, 0))
+    other.save(tmp_path / "b.log")
+    with Logs([tmp_path / "*.log"]) as logs:
+        assert logs.query("SELECT count(event) AS n FROM lines") == [{"n": len(one.lines) + len(other.lines)}]
 
 
 def test_refresh_reads_what_came_and_forgets_what_went(tmp_path: Path) -> None:
