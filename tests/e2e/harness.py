@@ -414,22 +414,38 @@ class Host:
 
         A file is reported when it is cached, and the host may have evicted it meanwhile: read them again, now and then.
         """
-        use_at = time.monotonic() + USE_S
+        keep_warm = self._keeper()
 
         def offered(domain: Domain) -> bool:
-            nonlocal use_at
-            if time.monotonic() >= use_at:
-                for each in self.domains:
-                    each.use()
-                use_at = time.monotonic() + USE_S
+            keep_warm()
             return bool(domain.status().get("offered_files", 0) >= files)
 
         for domain in domains or self.domains:
             wait(f"{files} files offered to {domain.name}", offered, domain)
 
     def wait_pages(self, figure: str, pages: int) -> None:
-        """Wait for a figure of the pool."""
-        wait(f"{figure} = {pages}", lambda: self.pool().get(figure) == pages)
+        """Wait for a figure of the pool. If it is to be more than none, files are read again as in wait_offered."""
+        keep_warm = self._keeper()
+
+        def reached() -> bool:
+            if pages:
+                keep_warm()
+            return self.pool().get(figure) == pages
+
+        wait(f"{figure} = {pages}", reached)
+
+    def _keeper(self) -> Callable[[], None]:
+        """Return what has all domains read their files again, when USE_S are over since the last time."""
+        use_at = time.monotonic() + USE_S
+
+        def keep_warm() -> None:
+            nonlocal use_at
+            if time.monotonic() >= use_at:
+                for each in self.domains:
+                    each.use()
+                use_at = time.monotonic() + USE_S
+
+        return keep_warm
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """Return the broker's logged events of a name."""
