@@ -401,14 +401,16 @@ WITH
         QUALIFY row_number() OVER (PARTITION BY host, pool ORDER BY time DESC) <= 2
     ),
     rankings AS (
-        SELECT host, pool, begin_time, end_time, max(time) AS last_time, count(*) AS rows_there
+        SELECT host, pool, begin_time, end_time, max((time, sequence)) AS last_line, count(*) AS rows_there
         FROM begun JOIN file_history USING (host, pool)
         WHERE time >= begin_time AND time < end_time
         GROUP BY ALL
     ),
     heard AS (
-        SELECT host, max(time) AS heard_time FROM events
-        WHERE program = 'broker' AND event <> 'file.statistics' GROUP BY host
+        -- By number within a moment: a broker that is stopped says so in the same millisecond.
+        SELECT host, max((time, sequence)) AS heard_line
+        FROM events JOIN (SELECT host, min(begin_time) AS begin_time FROM begun GROUP BY host) USING (host)
+        WHERE time >= begin_time AND program = 'broker' AND event <> 'file.statistics' GROUP BY host
     ),
     chosen AS (
         SELECT host, pool, begin_time, end_time
@@ -416,7 +418,7 @@ WITH
             SELECT *, lag(rows_there) OVER (PARTITION BY host, pool ORDER BY begin_time) AS rows_before FROM rankings
         )
         LEFT JOIN heard USING (host)
-        WHERE rows_before IS NULL OR rows_there >= rows_before OR heard_time > last_time
+        WHERE rows_before IS NULL OR rows_there >= rows_before OR heard_line > last_line
         QUALIFY row_number() OVER (PARTITION BY host, pool ORDER BY begin_time DESC) = 1
     )
 SELECT

@@ -191,7 +191,8 @@ def test_refusals_by_stage(tmp_path: Path) -> None:
         assert refused == {"host": "h1", "domain": "z", "reason": "no-matching-rule", "times": 1, "error": "why"}
 
 
-def test_files_are_those_of_the_last_whole_ranking(tmp_path: Path) -> None:
+@pytest.mark.parametrize("heard_at", [60, 61], ids=["in-the-same-millisecond", "later"])
+def test_files_are_those_of_the_last_whole_ranking(tmp_path: Path, heard_at: float) -> None:
     writer = Writer()
 
     def ranking(at: float, *paths: str) -> None:
@@ -203,7 +204,7 @@ def test_files_are_those_of_the_last_whole_ranking(tmp_path: Path) -> None:
     ranking(60, "/b")  # being written: nothing else has been heard since
     with asked(tmp_path, writer) as logs:
         assert [row["path"] for row in logs.query("FROM files ORDER BY rank")] == ["/a", "/b", "/c"]
-    writer.round(61)
+    writer.round(heard_at)
     with asked(tmp_path, writer) as logs:
         assert [row["path"] for row in logs.query("FROM files ORDER BY rank")] == ["/b"]
         assert one(logs, "SELECT mapped_bytes FROM files") == 8192
