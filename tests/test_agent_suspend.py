@@ -114,6 +114,19 @@ def test_a_detached_guest_makes_rings_when_it_is_detached_no_more(guest: Guest) 
     assert guest.said == []
 
 
+def test_rings_that_nobody_took_go_when_the_guest_is_detached(guest: Guest) -> None:
+    guest.connector.connect()
+    guest.run()
+    (first,) = guest.made
+    assert first.end == ""
+    guest.set(DETACHED, "1")
+    guest.run(lambda: first.end == "closed")
+    assert len(guest.made) == 1
+    guest.server.remove(OURS + DETACHED)
+    guest.run(lambda: len(guest.made) == 2)
+    assert guest.said == []
+
+
 def test_rings_are_taken_away_before_a_suspend_and_made_again_if_none_comes(
     guest: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

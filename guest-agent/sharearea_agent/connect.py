@@ -169,7 +169,7 @@ class RingConnector:
                 self._link, self._domid = None, rendezvous.domid
                 self._suspended_until = 0.0
                 self._restored()
-            elif self._held:
+            elif self._held or (self._offered and rendezvous.detached()):
                 self._offer(rendezvous)
             elif self._offered:
                 link = rendezvous.accept()
