@@ -538,7 +538,9 @@ def _detach(options: argparse.Namespace) -> int:
         raise NotInTime(
             f"{options.domain} holds nothing any more, but its agent has not taken its rings away within "
             f"{options.timeout:g} s: saved now, the agent would be killed in the restored guest",
-            "run this again; if that does not help, end the agent in the domain before you save it",
+            "run this again; if that does not help, end the agent in the domain before you save it. If none runs, "
+            "one that was killed leaves its offer behind, which is harmless, and goes with `xenstore-rm "
+            f"/local/domain/{holding['domid']}/data/sharearea/event-channel`",
         )
     if left:
         raise NotInTime(
