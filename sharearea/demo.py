@@ -520,11 +520,11 @@ class _Demo:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """End all processes that the demo started: consumers, agents, broker."""
+        """End all processes that the demo started, the broker first: the last that its log says is what was shared."""
         for group in (
-            [domain.consumer for domain in self.domains],
-            [domain.agent for domain in self.domains],
             [self.broker],
+            [domain.agent for domain in self.domains],
+            [domain.consumer for domain in self.domains],
         ):
             running = [process for process in group if process is not None]
             for process in running:
