@@ -299,6 +299,12 @@ class Lab:
         del self.guests[name]
         self._save()
 
+    def crash(self, name: str) -> None:
+        """Have a guest's kernel panic; Xen keeps what is left of it until destroy()."""
+        running = self.guest(name).start("/bin/sh", "-c", "echo c >/proc/sysrq-trigger")
+        self.wait(f"{name} crashed", lambda: "c" in self.dom0.run(f"xl list {name}").split()[-2], limit=30, pause=0.5)
+        running.close()
+
     def save(self, name: str, path: str | None = None) -> str:
         """Save a guest to a file in dom0, which ends it there; return the file's path."""
         path = path or f"/var/lib/xen/{name}.save"

@@ -116,7 +116,7 @@ class LinkRun:
         both = (self.pv, self.pvh)
         try:
             for machine in (self.lab.dom0, *(self.lab.guest(name) for name in both)):
-                self._equip(machine)
+                self.equip(machine)
             for step in ("links", "strangers", "rights", "flood", "life"):
                 if only not in ("", step):
                     continue
@@ -134,7 +134,8 @@ class LinkRun:
                 probe.close()
         return self.figures
 
-    def _equip(self, machine: Machine) -> None:
+    def equip(self, machine: Machine) -> None:
+        """Put the programs of both ends into a machine."""
         machine.put("/run/link_probe.py", HERE / "link_probe.py")
         machine.put("/run/vchan_peer", PEER, mode=0o755)
 
@@ -209,12 +210,15 @@ class LinkRun:
         broker.close()
         agent.close()
 
-    def strangers(self, name: str) -> None:
-        """Either end of a vchan by libxenvchan, the other ours, both ways, in rings of all kinds; and by it alone."""
+    def strangers(self, name: str, labels: Sequence[str] = (), stream_bytes: int = STREAM_BYTES) -> None:
+        """Either end of a vchan by libxenvchan, the other ours, both ways, in rings of all kinds; and by it alone.
+
+        `labels`: those of the pairs that are wanted (default: all).
+        """
         guest, dom0 = self.lab.guest(name), self.lab.dom0
         domid = self.lab.domid(name)
         for machine in (guest, dom0):
-            machine.run(f"dd if=/dev/urandom of=/run/out bs=65536 count={STREAM_BYTES >> 16} 2>/dev/null")
+            machine.run(f"dd if=/dev/urandom of=/run/out bs=65536 count={stream_bytes >> 16} 2>/dev/null")
         ours = f"env PYTHONPATH={self.path} python3 /run/link_probe.py"
         theirs = "/run/vchan_peer"
         kind = self.lab.guests[name].kind
@@ -230,8 +234,10 @@ class LinkRun:
                 ("libxenvchan_ours_mixed", theirs, ours, "1024 1048576"),
             )
         ):
+            if labels and label not in labels:
+                continue
             node = f"data/link{number}"  # libxenvchan has room for 64 characters in all
-            size = STREAM_BYTES if not orders else STREAM_BYTES // 4
+            size = stream_bytes if not orders else stream_bytes // 4
             cut = f"head -c {size} /run/out >/run/send &&"
             serving = guest.start("/bin/sh", "-c", f"{cut} {server} serve 0 {node} /run/send {size} /run/in {orders}")
             self.lab.wait(
@@ -289,7 +295,7 @@ class LinkRun:
         guest, dom0 = self.lab.guest(name), self.lab.dom0
         if self.path:
             unpack(guest, "sharearea_agent")
-        self._equip(guest)
+        self.equip(guest)
         broker = self._broker()
         # Its words go to a file: the channel to it does not live through this.
         command = f"env PYTHONPATH={self.path} python3 /run/link_probe.py agent >/run/agent.log 2>&1"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import tempfile
 import time
@@ -22,6 +23,7 @@ from typing import Any, Final
 from .channel import ChannelError, Machine
 from .host import BROKER_CONFIG, BROKER_LOG, POOL, Agent, Broker, Program, Talker, in_parallel, install
 from .images import HERE, ROOT
+from .link_run import LinkRun, build_peer
 from .run import Run, stage
 
 MIB: Final = 1 << 20
@@ -76,11 +78,14 @@ class World:
         """Label the guest that is admitted by its label, as dom0 alone can."""
         self.lab.dom0.run(f"xenstore-write /local/domain/{self.lab.domid('g3')}/sharearea-label {LABEL}")
 
-    def restart_broker(self, *, died: bool = False) -> None:
-        """Start the broker, after stopping it unless it is dead, and wait until all guests are with it again."""
+    def restart_broker(self, *, died: bool = False, words: Sequence[str] | None = None) -> None:
+        """Start the broker, after stopping it unless it is dead, and wait until all guests are with it again.
+
+        `words`: its command line, if it is another one than usual.
+        """
         if not died:
             self.broker.stop()
-        self.broker.start()
+        self.broker.start(words=words)
         self.broker.wait()
         self.wait_joined(GUESTS)
 
@@ -288,6 +293,22 @@ def _verify_units() -> None:
             assert unit.name not in done.stderr, done.stderr
 
 
+# ----------------------------------------------------------------------------------------------------------- rings
+
+
+@stage(limit=60)
+def rings(run: Run) -> None:
+    """Rings with libxenvchan at either end: the right bytes arrive; and a guest cannot write what says who it is."""
+    build_peer(run.say)
+    link = LinkRun(run.lab, "g1", "g3")
+    for machine in (run.lab.dom0, run.lab.guest("g1")):
+        link.equip(machine)
+    link.strangers("g1", ("ours_libxenvchan", "libxenvchan_ours"), MIB)
+    link.rights("g1")
+    for name, value in link.figures.items():
+        run.number(f"rings_{name}", value)
+
+
 # --------------------------------------------------------------------------------------------------------- sharing
 
 
@@ -441,7 +462,8 @@ def refusals(run: Run) -> None:
     it = world(run)
     before = it.census()
     owned: dict[str, list[int]] = {name: before["refs"][str(run.lab.domid(name))] for name in GUESTS}
-    for name, refs in owned.items():
+    for name in ("g1", "g3"):  # one of each kind
+        refs = owned[name]
         others = [reference for other in GUESTS if other != name for reference in owned[other][:4]]
         guest = run.lab.guest(name)
         with contextlib.closing(Holder(guest, before["domid"])) as holder:
@@ -501,13 +523,13 @@ def broker_killed(run: Run) -> None:
     it = world(run)
     kept = first_bytes(it.held["g1"], KEPT)
     in_parallel([partial(it.close, name, [file for file in it.held[name] if file not in kept]) for name in GUESTS])
-    dying = ["python3", "/tmp/broker_dies.py"]
+    # A broker that can be told where to die; the one that is started last is the plain one again.
+    dying = ["python3", "/tmp/broker_dies.py", "broker", "--config", BROKER_CONFIG]
     run.lab.dom0.put("/tmp/broker_dies.py", HERE / "inside" / "broker_dies.py")
-    for point in ("fill", "grant", "revoke"):
-        it.broker.kill()
-        it.broker.start(words=[*dying, point, "broker", "--config", BROKER_CONFIG])
-        it.broker.wait()
-        it.wait_joined(GUESTS)
+    it.broker.kill()
+    it.restart_broker(died=True, words=dying)
+    for point, next_words in (("fill", dying), ("grant", dying), ("revoke", None)):
+        run.lab.dom0.put("/tmp/die-at", point)
         closed = it.held["g1"][-3:] if point == "revoke" else []
         fresh = it.spare[: SPARE_FILES // 2] if not closed else []
         it.close("g1", closed)
@@ -520,7 +542,7 @@ def broker_killed(run: Run) -> None:
         cut = it.census()
         run.say(f"  died at {point}: {cut['lost']} owners without entry, {cut['unowned']} entries without owner")
         it.check_bytes()  # programs go on without a broker
-        it.restart_broker(died=True)
+        it.restart_broker(died=True, words=next_words)
         assert it.broker.events("area.adopted"), "the area was not found again"
         it.open("g1", closed)
         it.wait_shared()
@@ -595,16 +617,20 @@ def area_destroyed(run: Run) -> None:
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
-EATER: Final = """
-import time
-b = [bytearray(b"x") * (24 << 20)]
-for _ in range(8):
-    time.sleep(2)
-    b.append(bytearray(b"x") * (3 << 20))
-print("ate")
-input()
+LEAST_AVAILABLE: Final = 20 * MIB
+"""What the program that eats memory leaves to its guest: less than the headroom, more than the kernel needs."""
+EATER: Final = f"""
+import sys, time
+def available():
+    return next(int(line.split()[1]) << 10 for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
+eaten = []
+while available() > {LEAST_AVAILABLE}:
+    eaten.append(bytearray(b"x") * (2 << 20))
+    time.sleep(0.3)
+print(2 * len(eaten))
+sys.stdin.read()
 """
-"""A program that grows as programs do: faster than a guest's memory comes back, only the guest's own reserve helps."""
+"""A program that grows as programs do, until its guest is in need. It says how many MiB it has."""
 
 
 @stage(limit=180)
@@ -633,21 +659,20 @@ def balloon(run: Run) -> None:
     finally:
         run.number("free_memory_gained_mib", gained)
     it.check_bytes()
-    # A guest that needs memory gets its part back before it runs short.
-    lowered = _target(run, "g1")
+    # A guest that needs memory gets its part back before it runs short, and the host has that much less.
+    lowered, free = _target(run, "g1"), run.lab.free_mib()
     guest = run.lab.guest("g1")
     eater = guest.start("python3", "-u", "-c", EATER)
     try:
-        eater.read_line(90)
+        run.number("eaten_mib", int(eater.read_line(90)))
         it.lab.wait("a target that rises", lambda: _target(run, "g1") > lowered, limit=60, pause=1)
+        back_mib = (_target(run, "g1") - lowered) >> 10
         run.number("target_lowered_mib", lowered >> 10)
-        run.number("target_in_need_mib", _target(run, "g1") >> 10)
+        run.number("target_raised_by_mib", back_mib)
+        it.lab.wait("memory that the guest has", lambda: free - run.lab.free_mib() >= 0.9 * back_mib, limit=60, pause=1)
         assert guest.try_run("dmesg | grep -i 'out of memory'").out == "", "the guest ran out of memory"
     finally:
         eater.close()
-    it.configure()
-    it.restart_broker()
-    it.wait_shared()
 
 
 def _target(run: Run, name: str) -> int:
@@ -694,6 +719,25 @@ def small_table(run: Run) -> None:
     it.lab.wait("the reason", reason, limit=40, pause=3)
 
 
+@stage(limit=90)
+def paused_and_crashed(run: Run) -> None:
+    """A guest is paused while the others go on, and another one crashes: its grants end, nobody else notices."""
+    it = world(run)
+    run.lab.dom0.run("xl pause g2")
+    it.check_bytes(["g1", "g3"])
+    run.lab.dom0.run("xl unpause g2")
+    it.check_bytes(["g2"])
+    it.wait_joined(GUESTS)
+    domid = str(run.lab.domid("g3"))
+    run.lab.crash("g3")
+    it.wait_joined(["g1", "g2"])
+    run.lab.destroy("g3")  # what crashed holds its pages until the toolstack buries it
+    it.lab.wait("the end of its grants", lambda: domid not in it.census()["by_domain"], limit=30, pause=1)
+    it.check_bytes(["g1", "g2"])
+    it.check_agreement(look_at_bytes=False)
+    del it.agents["g3"], it.programs["g3"]
+
+
 @stage(limit=60)
 def silence(run: Run) -> None:
     """Everything ends when it is told to; nobody's log has a traceback, and no kernel complained."""
@@ -707,5 +751,31 @@ def silence(run: Run) -> None:
     for service in (it.broker, *it.agents.values()):
         assert service.faults() == "", f"{service.machine.name}: {service.faults()}"
     for machine in (run.lab.dom0, *(guest.machine for guest in run.lab.guests.values())):
-        bad = machine.try_run(r"dmesg | grep -E 'BUG:|WARNING:|Oops|Call Trace|general protection|Out of memory'").out
-        assert bad == "", f"{machine.name}: {bad}"
+        known, bad = complaints(machine.run("dmesg"))
+        for text in known:
+            run.say(f"  {machine.name}, known and harmless: {text.splitlines()[0]}")
+        assert not bad, f"{machine.name}: " + "\n".join(bad)
+
+
+COMPLAINT: Final = re.compile(r"BUG:|WARNING:|Oops|Call Trace|general protection|Out of memory")
+KNOWN: Final = re.compile(r"WARNING: .* at include/linux/mm_inline\.h:\d+ unmap_page_range")
+"""Linux 6.1 in a PV guest, with or without sharearea: pte_install_uffd_wp_if_needed() looks whether an entry that was
+cleared a moment ago is empty, and in a PV guest clearing one that was not present is still in the queue of calls to Xen
+then (mm/memory.c, zap_pte_range: lazy MMU mode). Nothing comes of it."""
+
+
+def complaints(log: str) -> tuple[list[str], list[str]]:
+    """Return what a kernel's log complains of: what is known to be harmless, and the rest."""
+    found: list[list[str]] = []
+    inside = False
+    for line in log.splitlines():
+        if "[ cut here ]" in line:
+            inside = True
+            found.append([])
+        elif inside:
+            found[-1].append(line)
+            inside = "[ end trace" not in line
+        elif COMPLAINT.search(line):
+            found.append([line])
+    texts = ["\n".join(lines) for lines in found if lines]
+    return [text for text in texts if KNOWN.search(text)], [text for text in texts if not KNOWN.search(text)]
