@@ -40,6 +40,8 @@ def faults(lines: Iterable[str]) -> list[str]:
             continue
         found += [f"{event['event.name']}: {error.json_path}: {error.message}" for error in check.iter_errors(event)]
         pid, sequence = event.get("process.pid", 0), event.get("event.sequence", 0)
+        if sequence == 1 and event["event.name"].endswith(".started"):
+            last.pop(pid, None)  # another process: numbers come again
         if sequence != last.get(pid, 0) + (
             event.get("sharearea.lines", 1) if event["event.name"] == "log.dropped" else 1
         ):

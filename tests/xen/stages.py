@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from tests.lines import faults as line_faults
+
 from .channel import ChannelError, Machine
 from .host import BROKER_CONFIG, BROKER_LOG, POOL, Agent, Broker, Program, Talker, in_parallel, install
 from .images import HERE, ROOT
@@ -740,7 +742,7 @@ def paused_and_crashed(run: Run) -> None:
 
 @stage(limit=60)
 def silence(run: Run) -> None:
-    """Everything ends when it is told to; nobody's log has a traceback, and no kernel complained."""
+    """Everything ends when it is told to; every line of the logs is as its schema says, and no kernel complained."""
     it = world(run)
     for program in it.programs.values():
         with contextlib.suppress(ChannelError):
@@ -750,6 +752,8 @@ def silence(run: Run) -> None:
     it.broker.stop()
     for service in (it.broker, *it.agents.values()):
         assert service.faults() == "", f"{service.machine.name}: {service.faults()}"
+        wrong = line_faults(service.machine.get(service.log).decode().splitlines())
+        assert not wrong, f"{service.machine.name}: " + "\n".join(wrong[:20])
     for machine in (run.lab.dom0, *(guest.machine for guest in run.lab.guests.values())):
         known, bad = complaints(machine.run("dmesg"))
         for text in known:
