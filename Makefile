@@ -37,7 +37,7 @@ test: setup ## all checks and tests: lint, native, native with sanitizers, pytes
 	@tools/test_tools.sh
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# As root on Debian 12; tests/xen/README.md. Not a part of `test`: it boots a machine of its own.
+# As root on Debian 12; tests/xen/README.md. Not a part of `test`, but of .ci/run: it boots a machine of its own.
 test-xen: setup ## the same on a real Xen, in an emulator (root; XEN_ARGS=...)
 	@$(MAKE) SETUP_IS_DONE=1 deb
 	@$(BIN)/python -m tests.xen $(XEN_ARGS)

@@ -18,9 +18,17 @@ umask 022
 
 say() { printf 'deb: %s\n' "$*"; }
 
-for program in dpkg-deb dpkg-shlibdeps; do
-  command -v $program >/dev/null || { say "needs $program (Debian: apt-get install dpkg-dev)"; exit 1; }
-done
+if ! command -v dpkg-deb >/dev/null || ! command -v dpkg-shlibdeps >/dev/null; then
+  if ! command -v apt-get >/dev/null || [ "$(id -u)" -ne 0 ]; then
+    say "needs dpkg-deb and dpkg-shlibdeps (Debian: apt-get install dpkg-dev)"
+    exit 1
+  fi
+  say "dpkg-dev is installed with apt-get now"
+  export DEBIAN_FRONTEND=noninteractive
+  install() { apt-get install -y --no-install-recommends dpkg-dev; }
+  # A fresh system has no lists of packages yet.
+  { install || { apt-get update && install; }; } >/dev/null </dev/null
+fi
 
 rm -rf "$work"
 mkdir -p "$work/wheels" dist
