@@ -36,7 +36,7 @@ def faults(text: str) -> list[str]:
 def test_name_and_folders_are_enough() -> None:
     config = parse(MINIMAL)
     assert (config.name, config.folders, config.root) == ("web-1", (Path("/usr"),), Path("/"))
-    assert (config.rescan_interval, config.settle, config.lease_timeout) == (60.0, 0.5, 10.0)
+    assert (config.rescan_interval, config.settle, config.lease_timeout) == (60.0, 0.5, 1.0)
     assert (config.drop, config.one_file_system, config.exclude) == (True, True, ())
 
 

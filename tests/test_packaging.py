@@ -7,6 +7,7 @@ import ctypes
 import importlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -113,6 +114,8 @@ def own_files(name: str) -> set[str]:
 def built_files(name: str) -> set[str]:
     """What a wheel has that no source tree has. This machine's compiler makes 32-bit code, or says why not."""
     built = {f"{name.replace('-', '_')}/_native.abi3.so"}
+    if name == "sharearea-agent" and platform.machine() == "x86_64":
+        built.add("sharearea_agent/libsharearea_preload.so")
     return built | {"sharearea/area_stub.elf"} if name == "sharearea" else built
 
 

@@ -94,6 +94,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "Close": cw.Close(1),
         "Mapped": cw.Mapped(1, 2, 3, 1),
         "LetGo": cw.LetGo(1, 2),
+        "Unchanged": cw.Unchanged(),
     },
     "agent-to-consumer": {
         "ShareSegment": cw.ShareSegment(4),

@@ -462,7 +462,7 @@ class Settings:
     drop: bool = True
     drop_interval: float = 5.0
     stats_interval: float = 10.0
-    lease_timeout: float = 10.0
+    lease_timeout: float = 1.0
     retry: float = 2.0  # pause before a file whose lease was refused is tried again
     store_retry: float = 30.0  # pause before grants are asked for again that the broker could not record
     room_retry: float = 30.0  # pause before grants are asked for again that no consumer had room to map
@@ -1403,6 +1403,16 @@ class Agent:
             "attached_pages": file.granted_pages if shared else 0,
             "programs": len({consumer for consumer, _ in file.uses}),
         }
+
+    def uses(self) -> dict[ConsumerId, list[tuple[bytes, int]]]:
+        """Return what each consumer has open: the reported path ("" where there is none) and the bytes attached."""
+        found: dict[ConsumerId, list[tuple[bytes, int]]] = {}
+        for (consumer, handle), file in self._uses.items():
+            pages = file.uses[consumer, handle].pages
+            found.setdefault(consumer, []).append((next(iter(file.paths), b""), pages * wire.PAGE_SIZE))
+        for files in found.values():
+            files.sort(key=lambda entry: (-entry[1], entry[0]))
+        return found
 
     def paths(self) -> list[bytes]:
         """Return the reported paths of all known files."""

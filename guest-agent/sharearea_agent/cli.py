@@ -71,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     which = detach.add_mutually_exclusive_group(required=True)
     which.add_argument("path", nargs="?", metavar="PATH", help="one file, by its path on this system")
     which.add_argument("--all", action="store_true", help="every file")
+    ps = verb("ps", "list the programs that share, with the files and bytes attached", _ps)
+    ps.add_argument("--files", action="store_true", help="list the attached files of each program too")
+    ps.add_argument("--json", action="store_true", help="print JSON, files included")
+    execute = verb("exec", "run a program, unchanged, on shared pages where there are any", _exec)
+    execute.add_argument("--socket", metavar="PATH", help="the agent's consumer_socket, instead of a configuration")
+    execute.add_argument("command", nargs="+", metavar="COMMAND", help="the program and its arguments, after --")
     verb("reattach", "end what `detach` began: programs may share again", _reattach)
     return parser
 
@@ -155,6 +161,39 @@ def _detach(options: argparse.Namespace) -> int:
         answer = _ask(options, {"verb": "detach", "path": os.path.abspath(options.path)})
     print(f"{answer['files']} files go back to plain; `sharearea-agent reattach` ends this")
     return 0
+
+
+def _ps(options: argparse.Namespace) -> int:
+    programs = _ask(options, {"verb": "ps"})["programs"]
+    if options.json:
+        print(json.dumps(programs, indent=2, sort_keys=True))
+        return 0
+    print(f"{'PID':>8} {'UID':>6} {'FILES':>6} {'ATTACHED':>12}  COMMAND")
+    for program in programs:
+        size = f"{program['attached_bytes'] / (1 << 20):.1f} MiB"
+        kind = "" if program["unchanged"] else " (uses the API)"
+        print(
+            f"{program['pid']:>8} {program['uid']:>6} {program['attached_files']:>6} {size:>12}"
+            f"  {program['command'] or '?'}{kind}"
+        )
+        for file in program["files"] if options.files else ():
+            print(f"{'':>15} {'':>6} {file['attached_bytes'] / (1 << 20):>8.1f} MiB  {file['path']}")
+    return 0
+
+
+def _exec(options: argparse.Namespace) -> int:
+    from .preload import execute, library
+
+    socket = options.socket
+    if socket is None:
+        from .config import AgentConfig
+
+        socket = os.fspath(AgentConfig.load(options.config).consumer_socket)
+    elif not os.path.isabs(socket):
+        raise UsageError(f"--socket {socket}: not an absolute path", "programs change their folder")
+    if library() is None:
+        print("sharearea-agent: no shim for this machine: the program runs without shared pages", file=sys.stderr)
+    execute(options.command, socket)
 
 
 def _reattach(options: argparse.Namespace) -> int:

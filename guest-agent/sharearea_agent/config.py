@@ -60,7 +60,7 @@ class AgentConfig:
     )
     rescan_interval: float = field(default=60.0, metadata=key(schema.Duration(1, 86_400)))
     settle: float = field(default=0.5, metadata=key(schema.Duration(0, 60)))
-    lease_timeout: float = field(default=10.0, metadata=key(schema.Duration(1, MAX_LEASE_TIMEOUT)))
+    lease_timeout: float = field(default=1.0, metadata=key(schema.Duration(1, MAX_LEASE_TIMEOUT)))
     drop: bool = field(default=True, metadata=key(schema.Boolean()))
     drop_interval: float = field(default=5.0, metadata=key(schema.Duration(0.1, 3600)))
     max_attached_files: int = field(default=4096, metadata=key(schema.Integer(1, MAX_HELD)))

@@ -55,6 +55,15 @@ class LetGo(Message):
     generation: int = uint(0xFFFFFFFF)
 
 
+@dataclass(frozen=True, slots=True)
+class Unchanged(Message):
+    """I am the shim of an unchanged program (docs/preload.md). Comes first, if at all; no answer. On `xen` its files
+    stay plain: there the guest view does this job.
+    """
+
+    TYPE: ClassVar[int] = 5
+
+
 MAPPED_DONE, MAPPED_DIFFERENT, MAPPED_NO_ROOM = 0, 1, 2
 
 # -------------------------------------------------------------------------------------------- agent -> consumer
@@ -143,7 +152,7 @@ class ShareGrants(Message):
     runs: bytes = column(12, MAX_GRANT_RUNS)
 
 
-CONSUMER_TO_AGENT = Codec("consumer -> agent", (Open, Close, Mapped, LetGo), max_frame=1 << 16)
+CONSUMER_TO_AGENT = Codec("consumer -> agent", (Open, Close, Mapped, LetGo, Unchanged), max_frame=1 << 16)
 AGENT_TO_CONSUMER = Codec(
     "agent -> consumer",
     (ShareSegment, Share, Unshare, Plain, SegmentsGone, GrantDevice, ShareGrants),

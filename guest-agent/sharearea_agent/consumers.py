@@ -39,6 +39,7 @@ from .consumer_wire import (
     Open,
     Plain,
     SegmentsGone,
+    Unchanged,
     Unshare,
 )
 from .mapper import Mapper
@@ -67,6 +68,7 @@ class _Consumer:
     pid: int
     uid: int
     allowed: bool
+    unchanged: bool = False  # a shim speaks for it
     files: dict[Handle, FileKey] = field(default_factory=dict)
     segments: set[int] = field(default_factory=set)
 
@@ -98,13 +100,20 @@ class ConsumerHub:
         feed: Callable[[Event], None],
         log: Callable[..., None],
         allow: Callable[[Credentials], bool] = lambda _: True,
+        *,
+        serve_unchanged: bool = True,
     ) -> None:
-        """`allow`: whether a program with these credentials gets handles; one that may not stays plain."""
+        """`allow`: whether a program with these credentials gets handles; one that may not stays plain.
+
+        `serve_unchanged`: whether programs that do not know of shared pages get them, through the shim.
+        """
         self._selector = selector
         self._mapper = mapper
         self._feed = feed
         self._log = log
         self._allow = allow
+        self._serve_unchanged = serve_unchanged
+        self._told_unchanged = False
         self._next = 0
         self._consumers: dict[ConsumerId, _Consumer] = {}
         self.files: dict[FileKey, OpenFile] = {}
@@ -184,6 +193,15 @@ class ConsumerHub:
             case LetGo():
                 self._end_lease(consumer.id, message.handle)
                 self._feed(agent.ConsumerLetGo(consumer.id, message.handle, message.generation))
+            case Unchanged():
+                consumer.unchanged = True
+                if not self._serve_unchanged and not self._told_unchanged:
+                    self._told_unchanged = True
+                    self._log(
+                        "mappings.limited",
+                        reason="no-shim",
+                        hint="unchanged programs keep their own pages in Xen guests: the guest view does this job",
+                    )
 
     def _on_open(self, consumer: _Consumer, message: Open, fd: int) -> None:
         if message.handle in consumer.files:
@@ -194,6 +212,9 @@ class ConsumerHub:
             raise ProtocolError("a descriptor that does not give the right to read a regular file")
         if not consumer.allowed:
             self._send(consumer, Plain(message.handle, "not-allowed"))
+            return
+        if consumer.unchanged and not self._serve_unchanged:
+            self._send(consumer, Plain(message.handle, "no-shim"))
             return
         key = FileKey(info.st_dev, info.st_ino)
         use = (consumer.id, message.handle)
@@ -302,6 +323,10 @@ class ConsumerHub:
             for at in range(0, len(theirs), 4096):
                 part = theirs[at : at + 4096]
                 self._send(consumer, SegmentsGone(b"".join(number.to_bytes(4, "little") for number in part)))
+
+    def programs(self) -> list[tuple[ConsumerId, int, int, bool]]:
+        """Return the connected programs: number, process, uid, and whether a shim speaks for it."""
+        return [(each.id, each.pid, each.uid, each.unchanged) for each in self._consumers.values()]
 
     def describe(self, consumer_id: ConsumerId) -> str:
         """Return a consumer's process for the log, as `pid 17 uid 1000`."""

@@ -132,6 +132,7 @@ class Runner:
             self._events.append,
             self.log.event,
             self._who_may(),
+            serve_unchanged=config.backend != BACKEND_XEN,
         )
         self._undo.callback(self._hub.close)
         self._worker = Worker(self._wake, self._on_job_failed, self._close_cache)
@@ -760,11 +761,34 @@ class Runner:
                 self._events.append(agent.Reattach())
                 self.log.event("files.reattached")
                 return {}
+            case "ps":
+                return {"programs": self._programs()}
             case "drop":
                 self._events.append(agent.DropNow())
                 return {}
             case verb:
-                raise UsageError(f"no such question: {verb!r}", "status, file, detach, reattach or drop")
+                raise UsageError(f"no such question: {verb!r}", "status, ps, file, detach, reattach or drop")
+
+    def _programs(self) -> list[dict[str, Any]]:
+        """Return the connected programs with the files that each has open, the largest part first."""
+        uses = self.agent.uses()
+        found = []
+        for consumer, pid, uid, unchanged in self._hub.programs():
+            files = [{"path": path_text(path), "attached_bytes": size} for path, size in uses.get(consumer, [])]
+            attached = [file for file in files if file["attached_bytes"]]
+            found.append(
+                {
+                    "pid": pid,
+                    "uid": uid,
+                    "command": _command(pid),
+                    "unchanged": unchanged,
+                    "open_files": len(files),
+                    "attached_files": len(attached),
+                    "attached_bytes": sum(size for _, size in uses.get(consumer, [])),
+                    "files": attached,
+                }
+            )
+        return sorted(found, key=lambda each: (-each["attached_bytes"], each["pid"]))
 
     def _file(self, path: str) -> dict[str, Any]:
         """Return how a file stands, and if it is not known, why not."""
@@ -793,6 +817,14 @@ class Runner:
         self._events.append(agent.Detach(reported))
         self.log.event("files.detached", files=files, all=path is None)
         return files
+
+
+def _command(pid: int) -> str:
+    """Return the name of a process, or "" if it cannot be seen from here: it has ended, or has another /proc."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n")
+    except OSError:
+        return ""
 
 
 def _runs(pages: bytes | None, start: int, count: int) -> list[Run]:

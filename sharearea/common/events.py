@@ -838,7 +838,7 @@ _event(
     "configuration info unknown",
     "",
     "hint reason",
-    ("user-mappings-off", "no-grant-device"),
+    ("user-mappings-off", "no-grant-device", "no-shim"),
 )
 
 # Figures on a timer.

@@ -151,6 +151,11 @@ EXPLANATIONS: Final[dict[str, Explanation]] = {
             "in this kind of guest a suspend would lose shared pages under mapped files, so they are off",
             "allow_user_mappings = true, if sharearea detach comes before every save and migration",
         ),
+        (
+            "no-shim",
+            "the program does not know of shared pages, and its guest is one of Xen",
+            "nothing: there the guest view does this job (docs/xen.md); sharearea-agent exec is for `local`",
+        ),
         ("no-grant-device", "the guest has no /dev/xen/gntdev", "modprobe xen-gntdev in the guest"),
         ("denied", "the broker gave no grants for the file", "look at files.refused, stage grant, in the broker's log"),
         # ------------------------------------------------------------- why a domain may not share
@@ -345,7 +350,7 @@ STATES: Final[dict[str, Explanation]] = {
         (
             "no-consumer",
             "its pages are in the area, and no program of this domain has asked for them",
-            "programs ask with sharearea_agent.open_shared; on xen the guest view serves unmodified ones (docs/xen.md)",
+            "start it with sharearea-agent exec (on xen the guest view does that), or use sharearea_agent.open_shared",
         ),
         (
             "text-stays",

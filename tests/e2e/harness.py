@@ -133,7 +133,14 @@ class Process:
 class Consumer(Process):
     """A program of a domain (program.py), and the questions to it."""
 
-    def __init__(self, domain: Domain, number: int, *, files: int | None = None) -> None:
+    def __init__(
+        self,
+        domain: Domain,
+        number: int,
+        *,
+        files: int | None = None,
+        command: Sequence[str | os.PathLike[str]] | None = None,
+    ) -> None:
         def limit() -> None:
             # Checks read without a pause; the service comes first.
             os.nice(10)
@@ -143,7 +150,7 @@ class Consumer(Process):
         name = f"{domain.name}.program-{number}"
         super().__init__(
             name,
-            [sys.executable, HERE / "program.py", domain.consumer_socket],
+            command or [sys.executable, HERE / "program.py", domain.consumer_socket],
             domain.host.folder / f"{name}.log",
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -195,6 +202,39 @@ class Consumer(Process):
             self.popen.stdin.close()
         self.popen.wait(DEADLINE)
         self.popen.stdout.close()
+
+
+class Unchanged(Consumer):
+    """A program that knows nothing of shared pages (unchanged.py), with the shim in it."""
+
+    def __init__(
+        self,
+        domain: Domain,
+        number: int,
+        *,
+        before: Sequence[str | os.PathLike[str]] = (),
+        python: str | os.PathLike[str] = sys.executable,
+    ) -> None:
+        super().__init__(domain, number, command=[*before, *domain.shim, python, HERE / "unchanged.py"])
+
+    def map(self, path: Path, name: str = "f", **more: Any) -> None:
+        """Map a file, read only and private, under a name."""
+        self.ask("map", name=name, path=os.fspath(path), **more)
+
+    def attached(self) -> dict[str, int]:
+        """Return the pages that the agent says are shared, by reported path."""
+        for program in self.domain.ask("ps")["programs"]:
+            if program["pid"] == self.pid:
+                return {file["path"]: file["attached_bytes"] // PAGE for file in program["files"]}
+        return {}
+
+    def shared(self, name: str = "f") -> int:
+        """Return how many pages of a mapping are a segment's, as the kernel says."""
+        return int(self.ask("shared", name=name))
+
+    def wait_shared(self, pages: int, name: str = "f") -> None:
+        """Wait until so many pages of a mapping are a segment's."""
+        wait(f"{pages} pages of {name} shared in {self.name}", lambda: self.shared(name) == pages)
 
 
 class Domain:
@@ -252,6 +292,18 @@ class Domain:
     def program(self, **more: Any) -> Consumer:
         """Start a program."""
         program = Consumer(self, len(self.programs), **more)
+        self.host.add(program)
+        self.programs.append(program)
+        return program
+
+    @property
+    def shim(self) -> list[str | os.PathLike[str]]:
+        """What comes before a command that is to run with the shim."""
+        return [BIN / "sharearea-agent", "exec", "--socket", os.fspath(self.consumer_socket), "--"]
+
+    def unchanged(self, **more: Any) -> Unchanged:
+        """Start a program with the shim."""
+        program = Unchanged(self, len(self.programs), **more)
         self.host.add(program)
         self.programs.append(program)
         return program

@@ -99,7 +99,7 @@ def test_agent_stopped_by_sigterm(host: Host) -> None:
 
 
 def test_agent_does_not_end_before_its_programs_let_go(host: Host) -> None:
-    domain, [program], _ = _attached(host)
+    domain, [program], _ = _attached(host, lease_timeout="30 s")
     program.stop()
     domain.running.send(signal.SIGTERM)
     wait("the agent ending", lambda: domain.status().get("detached") is True)
