@@ -152,6 +152,8 @@ class ConsumerHub:
         self._selector.register(link, selectors.EVENT_READ, lambda mask: self._ready(consumer, mask))
 
     def _ready(self, consumer: _Consumer, mask: int) -> None:
+        if consumer.id not in self._consumers:
+            return  # it was dropped since the selector said so, for what was sent to it on another's account
         try:
             if mask & selectors.EVENT_WRITE:
                 self._flush(consumer)
@@ -249,8 +251,8 @@ class ConsumerHub:
     def share(self, action: agent.ShareWith) -> None:
         """Send a consumer the handles for its file, and segments that it has not got yet."""
         consumer = self._consumers.get(action.consumer)
-        if consumer is None:
-            return
+        if consumer is None or action.handle not in consumer.files:
+            return  # closed: the state machine is about to hear of it
         try:
             parcel = self._mapper.parcel(action, consumer.segments)
         except HostError as error:

@@ -511,6 +511,11 @@ class Host:
             parts += [f"--- {log.name}", *(_short(line) for line in lines[-40:])]
         return "\n".join(parts)
 
+    def tracebacks(self) -> str:
+        """Return the lines of all logs that are not events."""
+        lines = [line for log in self.folder.glob("*.log") for line in log.read_text(errors="replace").splitlines()]
+        return "\n".join(line for line in lines if not line.startswith("{"))
+
     def close(self) -> None:
         """End every process that was started, remove everything, and say if one of them broke."""
         running = [process for process in self.processes if process.alive]
@@ -536,7 +541,7 @@ class Host:
         wrong = [f"{log.name}: {fault}" for log in self.folder.glob("*.log") for fault in faults(read(log))]
         assert not wrong or self.lines_unchecked, "\n".join(wrong[:20])
         broken = [log.name for log in self.folder.glob("*.log") if "Traceback" in log.read_text(errors="replace")]
-        assert not broken or self.tracebacks_allowed, f"tracebacks in {broken}\n{self.logs()}"
+        assert not broken or self.tracebacks_allowed, f"tracebacks in {broken}\n{self.tracebacks()}\n{self.logs()}"
 
 
 def _short(line: str) -> str:
