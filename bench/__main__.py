@@ -20,11 +20,11 @@ from rich.console import Console
 from sharearea.common import native
 from sharearea.common.errors import ShareareaError
 
-from . import asking, dataset, estimate, hashing, intake, memory, sharing
+from . import asking, dataset, estimate, hashing, intake, memory, programs, sharing
 from .host import KIB, MIB, check_room, raise_descriptor_limit
 from .report import Samples, Tell
 
-NAMES: Final = ("hash", "estimate", "stats", "intake", "sharing", "memory")
+NAMES: Final = ("hash", "estimate", "stats", "intake", "sharing", "memory", "programs")
 _DOMAINS: Final = 4
 _SMALLEST: Final = 16 * KIB  # the broker's default for min_file_bytes
 # The groups of the data set, and who uses which: `sharing` has a, b and own; `memory` has a, then a, b and c.
@@ -125,6 +125,7 @@ def _benches(names: Sequence[str], quick: bool, work: Path) -> dict[str, Callabl
         "memory": lambda tell: memory.run(
             memory.Sizes(("a",), ("a", "b", "c"), idle_s=1.0 if quick else 5.0), data(tell), work, tell
         ),
+        "programs": lambda tell: programs.run(programs.QUICK if quick else programs.Sizes(), work, tell),
     }
 
 

@@ -139,7 +139,7 @@ EXPORT int pkey_mprotect(void *start, size_t length, int protection, int key)
 
 static long remap(uintptr_t start, size_t length, size_t length_now, int flags, uintptr_t there)
 {
-	const bool elsewhere = flags & (MREMAP_FIXED | MREMAP_DONTUNMAP);
+	const bool stays = flags & MREMAP_DONTUNMAP;
 	struct sa_held held;
 	long result;
 
@@ -154,7 +154,7 @@ static long remap(uintptr_t start, size_t length, size_t length_now, int flags, 
 	if (result >= 0 || result < -4095) {
 		if (flags & MREMAP_FIXED)
 			sa_shim_gone(there, length_now);
-		if (result != (long)start && !elsewhere)
+		if (result != (long)start && !stays)
 			sa_shim_gone(start, length);
 		/* What it was nobody knows here: the look finds out, if it is a file's. */
 		sa_shim_mapped((uintptr_t)result, length_now);
@@ -503,6 +503,6 @@ __attribute__((constructor)) static void start(void)
 	/* In secure mode ld.so ignores LD_PRELOAD, but for folders that it trusts. */
 	if (socket && getauxval(AT_SECURE) == 0 &&
 	    pthread_atfork(sa_shim_before_fork, sa_shim_after_fork_parent, sa_shim_after_fork_child) == 0)
-		sa_shim_start(socket);
+		sa_shim_start(socket, true);
 	errno = error;
 }

@@ -112,8 +112,10 @@ static struct range notes[MAX_NOTES]; /* what the program has mapped; length 0: 
 static size_t next_note;
 static size_t pieces_used;
 static unsigned closings; /* calls of dlclose under way */
+static unsigned stops;    /* sa_shim_resume is to come so often */
 static uint8_t *reserve;
-static bool retired; /* for good */
+static bool retired;       /* for good */
+static bool whole_program; /* not only what it says that it has mapped */
 
 static _Atomic uint32_t lock_word; /* 0 free, 1 taken, 2 taken and waited for */
 static _Atomic bool watching;
@@ -496,6 +498,15 @@ void sa_shim_gone(uintptr_t start, size_t length)
 		wake_thread(); /* the lease of a file that is mapped no more */
 }
 
+size_t sa_shim_shared(uintptr_t start, size_t length)
+{
+	size_t pages = 0;
+
+	for (size_t i = first_behind(start); i < nregions && regions[i].start < start + length; i++)
+		pages += regions[i].pages;
+	return pages * PAGE;
+}
+
 void sa_shim_mapped(uintptr_t start, size_t length)
 {
 	if (length >= (size_t)MIN_PAGES * PAGE)
@@ -730,6 +741,8 @@ static bool learn_later(const struct line *line)
 		region_add(&region);
 		return true;
 	}
+	if (!whole_program)
+		return true;
 	run_ino = region.ino;
 	run_end = end_of(&region);
 	run_executable = run_executable || line->executable;
@@ -1119,11 +1132,16 @@ static bool verify_region(const struct line *line)
 static int region_swap(struct region *region, const struct sa_frame *share)
 {
 	long aside;
+	long hint = 0;
 
 	if (!reserve_take())
 		return -ENOMEM;
+	/* The new address is a hint here, but Linux (seen on 6.18) refuses one whose range meets the old one (check_mremap_params), and
+	 * programs that are linked to low addresses are in the way of the default, 0. The reserve is high, and taken. */
+	if (region->start < region->length)
+		hint = at(reserve);
 	aside = sa_call(__NR_mremap, (long)region->start, (long)region->length, (long)region->length,
-	                MREMAP_MAYMOVE | MREMAP_DONTUNMAP, 0, 0);
+	                MREMAP_MAYMOVE | MREMAP_DONTUNMAP, hint, 0);
 	if (aside < 0)
 		return (int)aside;
 	region->aside = (uintptr_t)aside;
@@ -1508,7 +1526,7 @@ static void start_thread(void)
 	unblock_signals(&signals);
 }
 
-void sa_shim_start(const char *socket)
+void sa_shim_start(const char *socket, bool whole)
 {
 	struct rlimit limit;
 
@@ -1519,7 +1537,9 @@ void sa_shim_start(const char *socket)
 		return;
 	if (!unfiltered())
 		return;
-	walk_maps(learn_at_start);
+	whole_program = whole;
+	if (whole)
+		walk_maps(learn_at_start);
 	start_thread();
 }
 
@@ -1535,6 +1555,7 @@ void sa_shim_stop(bool forever)
 	sa_shim_lock(&held);
 	(void)put_back_all(); /* what cannot be put back the thread tries until it can */
 	atomic_store(&stopping, true);
+	stops += !forever;
 	if (forever) {
 		retired = true;
 		atomic_store(&watching, false);
@@ -1558,8 +1579,9 @@ void sa_shim_resume(void)
 	if (!sa_shim_watches() || process != (int32_t)call3(__NR_getpid, 0, 0, 0))
 		return;
 	sa_shim_lock(&held);
+	stops -= stops > 0;
 	/* A thread that has not ended in time (its disk hangs) is the last one of this process. */
-	if (!retired && atomic_load(&thread_tid) == 0 && atomic_load(&stopping))
+	if (!retired && stops == 0 && atomic_load(&thread_tid) == 0 && atomic_load(&stopping))
 		start_thread();
 	sa_shim_unlock(&held);
 }
@@ -1605,6 +1627,7 @@ void sa_shim_after_fork_child(void)
 	atomic_store(&thread_tid, 0);
 	is_child = true;
 	closings = 0;
+	stops = 0;
 	if (sa_shim_watches() && !retired)
 		start_thread();
 	sa_shim_unlock(&held);

@@ -14,9 +14,10 @@
 /* A system call, made directly: the result, or -errno. */
 long sa_call(long number, long a, long b, long c, long d, long e, long f);
 
-/* Learn the mappings that are there and start the thread, unless this process is one to be left alone. Once, while
- * there is one thread. socket: path of the agent's socket. */
-void sa_shim_start(const char *socket);
+/* Start the thread, unless this process is one to be left alone. Once. socket: path of the agent's socket. whole: learn
+ * the mappings that are there, and libraries that come later, besides what sa_shim_mapped says; then, while there is
+ * one thread. */
+void sa_shim_start(const char *socket, bool whole);
 
 /* Whether mappings are watched: if not, nobody has to ask. */
 bool sa_shim_watches(void);
@@ -39,6 +40,9 @@ int sa_shim_put_back_edges(uintptr_t start, size_t length);
 void sa_shim_gone(uintptr_t start, size_t length);
 /* The program has mapped a file there, read only and private. */
 void sa_shim_mapped(uintptr_t start, size_t length);
+
+/* Bytes of a range that are shared at this moment. With the lock. */
+size_t sa_shim_shared(uintptr_t start, size_t length);
 
 /* Everything back, and no thread. forever: nothing is shared any more in this process and its children. Else
  * sa_shim_resume starts again. Without the lock. */

@@ -115,7 +115,7 @@ def built_files(name: str) -> set[str]:
     """What a wheel has that no source tree has. This machine's compiler makes 32-bit code, or says why not."""
     built = {f"{name.replace('-', '_')}/_native.abi3.so"}
     if name == "sharearea-agent" and platform.machine() == "x86_64":
-        built.add("sharearea_agent/libsharearea_preload.so")
+        built |= {f"sharearea_agent/{file}" for file in ("libsharearea_preload.so", "libsharearea.so", "sharearea.h")}
     return built | {"sharearea/area_stub.elf"} if name == "sharearea" else built
 
 

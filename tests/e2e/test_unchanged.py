@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from sharearea_agent.common import native
+
 from .harness import BIN, MIB, PAGE, Domain, Host, Stamped, Unchanged, cached_pages, digest, noise, wait
 
 PAGES = MIB // PAGE
@@ -430,3 +432,55 @@ def test_exec_says_what_is_wrong(host: Host) -> None:
     )
     assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
     assert host.processes == []
+
+
+# ------------------------------------------------------------------------------------------------------ from C
+
+
+@pytest.mark.parametrize("shim", [False, True], ids=["alone", "with the shim"])
+def test_the_library_for_c(host: Host, shim: bool) -> None:
+    """The example that the documents show: built as they say, it shares, and reads what the file holds."""
+    data = noise(MIB + 100, 1)
+    host.start_broker()
+    first, _ = host.add_domains(2, {"f.bin": data})
+    host.wait_offered(1)
+    folder = Path(native.EXTENSION_FILE).parent
+    reader = host.folder / "reader"
+    example = Path(__file__).parents[2] / "docs" / "examples" / "reader.c"
+    flags = ["-Wall", "-Wextra", "-Werror", f"-I{folder}", f"-L{folder}", f"-Wl,-rpath,{folder}"]
+    subprocess.run(["cc", "-o", reader, example, *flags, "-lsharearea"], check=True)
+    path = first.root / "f.bin"
+    before = [os.fspath(word) for word in first.shim] if shim else []
+    program = subprocess.Popen(
+        [*before, os.fspath(reader), os.fspath(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ) | {"SHAREAREA_AGENT_SOCKET": os.fspath(first.consumer_socket)},
+    )
+    assert program.stdin is not None
+    assert program.stdout is not None
+
+    def said() -> str:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        program.stdin.write("\n")
+        program.stdin.flush()
+        return program.stdout.readline()
+
+    def attached() -> bool:
+        return any(p["pid"] == program.pid and p["attached_bytes"] >= MIB + PAGE for p in first.ask("ps")["programs"])
+
+    try:
+        assert program.stdout.readline() == f"{len(data)} bytes, sum {sum(data)}, 0 shared\n"
+        wait("shared", attached)
+        assert said() == f"{len(data)} bytes, sum {sum(data)}, {0 if shim else MIB + PAGE} shared\n"
+        _overwrite(path, bytes(len(data)))
+        assert said() == f"{len(data)} bytes, sum 0, 0 shared\n"
+        program.stdin.close()
+        assert program.wait(30) == 0
+    finally:
+        program.kill()
+        program.wait()
+        program.stdout.close()
+    assert subprocess.run([reader, first.root], capture_output=True, check=False).returncode == 1
