@@ -56,8 +56,7 @@ static function real(_Atomic(function) *known, const char *name)
 static long map(uintptr_t start, size_t length, int protection, int flags, int fd, off_t offset)
 {
 	const bool fixed = (flags & MAP_FIXED) && (flags & MAP_FIXED_NOREPLACE) != MAP_FIXED_NOREPLACE;
-	const bool learn = fd >= 0 && (flags & MAP_TYPE) == MAP_PRIVATE && !(flags & MAP_ANONYMOUS) &&
-	                   (protection & (PROT_READ | PROT_WRITE)) == PROT_READ;
+	const bool learn = fd >= 0 && !(flags & MAP_ANONYMOUS) && (protection & (PROT_READ | PROT_WRITE)) == PROT_READ;
 	const bool watched = sa_shim_watches() && (fixed || learn);
 	struct sa_held held;
 	long result = 0;
@@ -141,11 +140,13 @@ static long remap(uintptr_t start, size_t length, size_t length_now, int flags, 
 {
 	const bool stays = flags & MREMAP_DONTUNMAP;
 	struct sa_held held;
+	bool known;
 	long result;
 
 	if (!sa_shim_watches())
 		return sa_call(__NR_mremap, (long)start, (long)length, (long)length_now, flags, (long)there, 0);
 	sa_shim_lock(&held);
+	known = sa_shim_knows(start, length ? length : PAGE);
 	result = sa_shim_put_back(start, length ? length : PAGE, true);
 	if (result == 0 && (flags & MREMAP_FIXED))
 		result = sa_shim_put_back_edges(there, length_now);
@@ -157,7 +158,8 @@ static long remap(uintptr_t start, size_t length, size_t length_now, int flags, 
 		if (result != (long)start && !stays)
 			sa_shim_gone(start, length);
 		/* What it was nobody knows here: the look finds out, if it is a file's. */
-		sa_shim_mapped((uintptr_t)result, length_now);
+		if (known)
+			sa_shim_mapped((uintptr_t)result, length_now);
 	}
 	sa_shim_unlock(&held);
 	return result;

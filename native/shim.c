@@ -51,7 +51,8 @@ enum {
 	MS_RETRY_FIRST = 200,
 	MS_RETRY_MOST = 5000,
 	MS_LOOK_MOST = 8000, /* longest time between two looks at a program that maps nothing */
-	MS_PATIENCE = 1000,  /* for a child that was forked, for the thread's end, for room in the socket */
+	MS_PATIENCE = 1000,  /* for the thread's end, for room in the socket */
+	MS_CHILDREN = 500,   /* for children that were forked: less than the shortest lease_timeout */
 	SIGNAL_BYTES = 8
 };
 
@@ -498,6 +499,21 @@ void sa_shim_gone(uintptr_t start, size_t length)
 		wake_thread(); /* the lease of a file that is mapped no more */
 }
 
+bool sa_shim_knows(uintptr_t start, size_t length)
+{
+	const uintptr_t from = page_down(start);
+	const uintptr_t end = page_end(start, length);
+	const size_t index = first_behind(from);
+
+	if (index < nregions && regions[index].start < end)
+		return true;
+	for (size_t i = 0; i < MAX_NOTES; i++) {
+		if (notes[i].length && notes[i].start < end && notes[i].start + notes[i].length > from)
+			return true;
+	}
+	return false;
+}
+
 size_t sa_shim_shared(uintptr_t start, size_t length)
 {
 	size_t pages = 0;
@@ -579,7 +595,8 @@ static bool ends_with(const char *text, const char *end)
 	return n >= m && memcmp(text + n - m, end, m) == 0;
 }
 
-/* A line of /proc/self/maps, if it is a private mapping of a file that nobody can write through. */
+/* A line of /proc/self/maps, if it is a mapping of a file that nobody can write through. Whether it is private or not makes
+ * no difference then: a lease on the file is had only while nobody has it open for writing. */
 static bool parse_line(const char *text, struct line *ret)
 {
 	uint64_t start, end, offset, major, minor, ino = 0;
@@ -590,7 +607,8 @@ static bool parse_line(const char *text, struct line *ret)
 	if (*text != ' ' || end <= start)
 		return false;
 	rights = text + 1;
-	if (rights[0] != 'r' || rights[1] != '-' || (rights[2] != '-' && rights[2] != 'x') || rights[3] != 'p')
+	if (rights[0] != 'r' || rights[1] != '-' || (rights[2] != '-' && rights[2] != 'x') ||
+	    (rights[3] != 'p' && rights[3] != 's'))
 		return false;
 	text = take_hex(rights + 5, &offset);
 	text = take_hex(text + (*text == ' '), &major);
@@ -896,7 +914,7 @@ static bool send_message(uint32_t type, const uint64_t *fields, size_t n, int fd
 static void wait_for_children(void)
 {
 	_Atomic uint32_t *numbers = atomic_load(&children);
-	const int64_t end = now_ms() + MS_PATIENCE;
+	const int64_t end = now_ms() + MS_CHILDREN;
 
 	for (size_t i = 0; numbers && i < MAX_CHILDREN; i++) {
 		uint32_t number = atomic_load(&numbers[i]);

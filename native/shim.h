@@ -38,7 +38,9 @@ int sa_shim_put_back(uintptr_t start, size_t length, bool again);
 int sa_shim_put_back_edges(uintptr_t start, size_t length);
 /* The range was replaced or unmapped. */
 void sa_shim_gone(uintptr_t start, size_t length);
-/* The program has mapped a file there, read only and private. */
+/* Whether the range meets anything that was learned or said to be mapped. */
+bool sa_shim_knows(uintptr_t start, size_t length);
+/* The program has mapped a file there, read only. */
 void sa_shim_mapped(uintptr_t start, size_t length);
 
 /* Bytes of a range that are shared at this moment. With the lock. */

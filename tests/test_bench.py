@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import asking, dataset, estimate, hashing, host, intake, ksm, memory, sharing
+from bench import asking, dataset, estimate, hashing, host, intake, ksm, memory, programs, sharing
 from bench.report import Samples, show
 from sharearea.common import native
 from sharearea.common.errors import HostError, NativeError
@@ -196,6 +196,15 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     process.stdout.readline()
     yield process
     process.communicate()
+
+
+def test_programs_say_the_same_with_the_shim_and_leave_their_files_to_it(disk_path: Path) -> None:
+    found = programs.run(programs.QUICK, disk_path, quiet)
+    measured = {case for case, _ in found.samples}
+    assert measured | set(found.skipped) == set(programs.QUICK.programs)
+    for case in measured:
+        assert found.median(case, "starts_with_other_output") == 0
+        assert found.median(case, "attached_bytes") > found.median(case, "one_domain_after_bytes")
 
 
 def test_memory_parts_add_up_to_what_the_kernel_says(sleeper: subprocess.Popen[bytes]) -> None:

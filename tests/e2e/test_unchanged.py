@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import signal
@@ -184,6 +185,18 @@ def test_parts_of_files_and_files_with_a_short_last_page(host: Host) -> None:
     assert program.ask("hash", name="part") == digest(whole[30 * PAGE : 50 * PAGE])
     assert program.ask("hash", name="begin") == digest(whole[: 10 * PAGE])
     assert program.ask("hash", name="all") == digest(whole)
+
+
+def test_a_mapping_that_is_shared_with_others(host: Host) -> None:
+    domain, program, data = _attached(host)
+    program.map(domain.root / "f.bin", "s", flags=mmap.MAP_SHARED)
+    program.wait_shared(PAGES, "s")
+    assert program.ask("hash", name="s") == digest(data)
+    program.ask("sync", name="s")
+    with pytest.raises(OSError, match="PermissionError"):
+        program.ask("protect", name="s", protection=READ | WRITE)
+    _overwrite(domain.root / "f.bin", bytes(MIB))
+    assert program.ask("hash", name="s") == digest(bytes(MIB))
 
 
 def test_errors_and_handlers(host: Host) -> None:

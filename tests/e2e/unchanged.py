@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 PAGE = mmap.PAGESIZE
-READ, WRITE, EXEC = 1, 2, 4
+READ, WRITE = 1, 2
+PRIVATE = mmap.MAP_PRIVATE
 FAILED = ctypes.c_void_p(-1).value
 NUMBERS = {"getpid": 39, "munmap": 11, "mprotect": 10, "seccomp": 317, "fork": 57, "vfork": 58}  # x86-64
 
@@ -45,11 +46,19 @@ class Program:
         self.checks: dict[str, tuple[threading.Thread, threading.Event, list[str], list[int]]] = {}
         self.libraries: dict[str, ctypes.CDLL] = {}
 
-    def map(self, name: str, path: str, pages: int = 0, offset: int = 0, protection: int = READ) -> int:
+    def map(
+        self,
+        name: str,
+        path: str,
+        pages: int = 0,
+        offset: int = 0,
+        protection: int = READ,
+        flags: int = mmap.MAP_PRIVATE,
+    ) -> int:
         """Map a file, or a part of it, and forget its descriptor."""
         fd = os.open(path, os.O_RDONLY)
         length = pages * PAGE or -(-(os.fstat(fd).st_size - offset) // PAGE) * PAGE
-        at = libc.mmap(None, length, protection, mmap.MAP_PRIVATE, fd, offset)
+        at = libc.mmap(None, length, protection, flags, fd, offset)
         os.close(fd)
         _check(at != FAILED)
         self.maps[name] = (at, length)
