@@ -206,6 +206,17 @@ def test_errors_and_handlers(host: Host) -> None:
     assert program.ask("hash", name="f") == digest(data)
 
 
+def test_the_way_back_in_a_program_that_has_used_up_its_mappings(host: Host) -> None:
+    domain, program, data = _attached(host)
+    assert program.ask("occupy_mappings") > 1000
+    assert program.attached() == {"/f.bin": PAGES}
+    _overwrite(domain.root / "f.bin", bytes(MIB))
+    program.ask("release_mappings")
+    assert program.ask("hash", name="f") == digest(bytes(MIB)) != digest(data)
+    assert program.shared() == 0
+    assert not domain.running.events("consumer.hung")
+
+
 # ----------------------------------------------------------------------------------------------- children and rights
 
 

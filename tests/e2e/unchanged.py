@@ -45,6 +45,7 @@ class Program:
         self.maps: dict[str, tuple[int, int]] = {}
         self.checks: dict[str, tuple[threading.Thread, threading.Event, list[str], list[int]]] = {}
         self.libraries: dict[str, ctypes.CDLL] = {}
+        self.occupied = (0, 0)
 
     def map(
         self,
@@ -215,6 +216,19 @@ class Program:
     def close_descriptors(self) -> None:
         """Close all descriptors from 3 on, as daemons do."""
         os.closerange(3, 4096)
+
+    def occupy_mappings(self) -> int:
+        """Make mappings until the kernel refuses one more; how many? Until they are released, ask nothing else."""
+        length = 200_000 * PAGE
+        self.occupied = (libc.mmap(None, length, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0), length)
+        made = 0
+        while libc.mprotect(self.occupied[0] + (2 * made + 1) * PAGE, PAGE, READ) == 0:
+            made += 1
+        return made
+
+    def release_mappings(self) -> None:
+        """Give them back."""
+        _check(libc.munmap(*self.occupied) == 0)
 
     def limit_memory(self) -> None:
         """Set a limit on address space."""
