@@ -35,6 +35,7 @@ test: setup ## all checks and tests: lint, native, native with sanitizers, pytes
 	@tools/node.sh
 	@tools/browser.sh >/dev/null
 	@tools/test_tools.sh
+	@tools/kernel_headers.sh
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # As root on Debian 12; tests/xen/README.md. Not a part of `test`, but of .ci/run: it boots a machine of its own.
