@@ -13,9 +13,10 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
 XEN_ARGS ?=
+VIEW_ARGS ?=
 NATIVE := $(wildcard native/*.[ch] native/tests/*.[ch])
 
-.PHONY: help setup demo test test-xen bench deb lint native-test native-test-sanitized fmt clean
+.PHONY: help setup demo test test-xen test-view bench deb lint native-test native-test-sanitized fmt clean
 
 help: ## list these words
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 32
@@ -42,6 +43,12 @@ test: setup ## all checks and tests: lint, native, native with sanitizers, pytes
 test-xen: setup ## the same on a real Xen, in an emulator (root; XEN_ARGS=...)
 	@$(MAKE) SETUP_IS_DONE=1 deb
 	@$(BIN)/python -m tests.xen $(XEN_ARGS)
+
+# Not a part of test-xen: it needs the headers of the guests' kernel as well (docs/view.md).
+test-view: setup ## the guest view on a real Xen (root; VIEW_ARGS=...)
+	@tools/kernel_headers.sh
+	@$(MAKE) SETUP_IS_DONE=1 deb
+	@$(BIN)/python -m tests.xen.view $(VIEW_ARGS)
 
 bench: setup ## measure (BENCH_ARGS=...)
 	@$(BIN)/python -m bench $(BENCH_ARGS)

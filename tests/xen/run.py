@@ -70,8 +70,16 @@ class Run:
         self.say(f"  {name} = {value}")
 
 
-def perform(stages: Sequence[Stage], say: Say, *, stay: bool = False) -> tuple[int, int]:
+def perform(
+    stages: Sequence[Stage],
+    say: Say,
+    *,
+    stay: bool = False,
+    results_path: Path = RESULTS,
+    limit_s: float = LIMIT_S / PATIENCE,
+) -> tuple[int, int]:
     """Run stages on a fresh host; write the results; return how many passed and failed. `stay`: leave a failure up."""
+    limit = limit_s * PATIENCE
     begun = time.monotonic()
     images = build(say)
     built = time.monotonic() - begun
@@ -88,13 +96,13 @@ def perform(stages: Sequence[Stage], say: Say, *, stay: bool = False) -> tuple[i
     run = Run(say)
     kept = False
     try:
-        with _limit(LIMIT_S, "the run"):
+        with _limit(limit, "the run"):
             run.lab.start(images, stay=stay)
             results["boot_s"] = round(time.monotonic() - begun, 1)
             for number, step in enumerate(stages, 1):
                 say(f"[{number}/{len(stages)}] {step.name}: {step.what}")
                 at, cpu = time.monotonic(), run.lab.cpu_seconds()
-                _do(step, run, at + step.limit * PATIENCE, begun + LIMIT_S)
+                _do(step, run, at + step.limit * PATIENCE, begun + limit)
                 seconds = round(time.monotonic() - at, 1)
                 cpu = round(run.lab.cpu_seconds() - cpu, 1)
                 results["stages"].append({"name": step.name, "seconds": seconds, "cpu_s": cpu})
@@ -121,7 +129,7 @@ def perform(stages: Sequence[Stage], say: Say, *, stay: bool = False) -> tuple[i
             run.lab.stop()
         results["seconds"] = round(time.monotonic() - begun, 1)
         results["numbers"] = run.numbers
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        results_path.write_text(json.dumps(results, indent=2) + "\n")
     failed = 0 if results["passed"] else max(1, len(stages) - len(done))
     return len(done), failed
 

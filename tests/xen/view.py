@@ -1,0 +1,302 @@
+"""The guest view on a real Xen: `python -m tests.xen.view [STAGE]`, `make test-view`. Not a part of `make test-xen`.
+
+Boots the lab with a PVH and a PV guest, loads the kernel module that it has built from guest-agent/kmod, and has
+view_probe.py show in each what docs/view.md promises. What is measured goes to build/xen/view-results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from . import host
+from .channel import ChannelError, CommandFailed, Machine
+from .images import CACHE, HERE, ROOT, ImageError
+from .lab import FOLDER
+from .run import Run, Stage, perform
+
+KMOD: Final = ROOT / "guest-agent" / "kmod"
+WORK: Final = FOLDER / "view"
+RESULTS: Final = FOLDER / "view-results.json"
+GUESTS: Final = {"h1": "pvh", "v1": "pv"}
+FIRST: Final = {"h1": 8, "v1": 5000}
+"""The first reference of each guest in the area's table."""
+PAGES, TAIL, SEED = 512, 1234, 7  # view_probe.py has the same
+BIG_PAGES, BIG_SEED = 4096, 8
+LIMIT_S: Final = 1500.0
+BAD_LINES: Final = r"BUG|WARNING|Oops|Bad page|Call Trace|general protection|hung task|rcu.*stall|shareview: .*lost"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all stages, or those up to the one that was named."""
+    parser = argparse.ArgumentParser(prog="python -m tests.xen.view", description="Prove the guest view on a real Xen.")
+    parser.add_argument("until", nargs="?", metavar="STAGE", help="the last stage to run (default: all)")
+    parser.add_argument("--without", action="append", default=[], metavar="STAGE", help="leave a stage out")
+    parser.add_argument("--torture", type=float, default=60, metavar="SECONDS", help="for each guest (default: 60)")
+    parser.add_argument("--misuse", type=float, default=20, metavar="SECONDS", help="for each guest (default: 20)")
+    parser.add_argument("--stay", action="store_true", help="leave the host up when a stage fails")
+    options = parser.parse_args(arguments)
+
+    def misuse(run: Run) -> None:
+        _misuse(run, options.misuse)
+
+    def torture(run: Run) -> None:
+        _torture(run, options.torture)
+
+    stages = [
+        Stage("module", 600, "the module is built and loaded in a PVH and a PV guest", _module),
+        Stage("rules", 600, "reads, mappings, writers, executing, pinned pages, unmounting", _rules),
+        Stage("misuse", 300 + 2 * options.misuse, "wrong arguments are refused", misuse),
+        Stage("ratios", 600, "what it costs, against the plain cached file", _ratios),
+        Stage("torture", 300 + 2 * options.torture, "readers against all else", torture),
+        Stage("area-destroyed", 200, "the area goes while pages are attached and mapped", _area_destroyed),
+        Stage("save-restore", 600, "saved and restored with a view attached and mapped", _save_restore),
+        Stage("unload", 100, "the module is unloaded; the guests' kernels have said nothing bad", _unload),
+    ]
+    names = [stage.name for stage in stages]
+    for name in (*options.without, *([options.until] if options.until else [])):
+        if name not in names:
+            parser.error(f"there is no stage {name}; there are {', '.join(names)}")
+    if options.until:
+        stages = stages[: names.index(options.until) + 1]
+    begun = time.monotonic()
+
+    def say(text: str) -> None:
+        sys.stdout.write(f"{time.monotonic() - begun:6.1f}  {text}\n")
+        sys.stdout.flush()
+
+    try:
+        chosen = [stage for stage in stages if stage.name not in options.without]
+        limit = LIMIT_S + 2 * (options.torture + options.misuse)
+        passed, failed = perform(chosen, say, stay=options.stay, results_path=RESULTS, limit_s=limit)
+    except ImageError as error:
+        sys.stderr.write(f"test-view: {error}\n")
+        return 1
+    say(f"{passed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def build_module() -> Path:
+    """Build the module for the kernel that the lab's guests run; return it, without symbols for debuggers."""
+    (modules,) = {path.name for path in CACHE.glob("boot-*/lib/modules/*")}
+    headers = Path("/lib/modules") / modules / "build"
+    if not (headers / "Makefile").exists():
+        raise ImageError(f"no headers for the guests' kernel: apt-get install linux-headers-{modules}")
+    shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir(parents=True)
+    for path in KMOD.iterdir():
+        if path.suffix in (".c", ".h") or path.name in ("Kbuild", "Makefile"):
+            shutil.copy(path, WORK)
+    for words in (
+        ["make", "-C", str(headers), f"M={WORK}", "modules"],
+        ["strip", "-g", str(WORK / "shareview.ko")],
+        [
+            "gcc",
+            "-O2",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-static",
+            "-o",
+            str(WORK / "view_bench"),
+            str(HERE / "view_bench.c"),
+        ],
+    ):
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            raise ImageError(f"{' '.join(words)}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return WORK / "shareview.ko"
+
+
+def _granter(run: Run) -> host.Talker:
+    """The granter in dom0, started when it is first needed."""
+    granter: host.Talker | None = run.about.get("granter")
+    if granter is None:
+        run.lab.dom0.put("/run/view_granter.py", HERE / "view_granter.py")
+        granter = host.Talker(run.lab.dom0.start("python3", "-u", "/run/view_granter.py"))
+        run.about["granter"] = granter
+    return granter
+
+
+def _fill(run: Run, pages: int = PAGES, tail: int = TAIL, seed: int = SEED) -> None:
+    """Make a new area, and grant all of it to each guest."""
+    granter = _granter(run)
+    run.about["area"] = granter.ask(do="fill", seed=seed, pages=pages, tail=tail)
+    for name in GUESTS:
+        granter.ask(do="grant", domid=run.lab.domid(name), first=FIRST[name])
+
+
+def _none_in_use(run: Run, name: str) -> None:
+    """Nothing that was granted to a guest is mapped by it; it is granted again."""
+    granter = _granter(run)
+    busy = granter.ask(do="revoke", first=FIRST[name])
+    assert busy == 0, f"{name}: {busy} grants are still in use, says the grant table"
+    granter.ask(do="grant", domid=run.lab.domid(name), first=FIRST[name])
+
+
+def _probe(run: Run, name: str, verb: str, *more: str, limit: float = 300) -> dict[str, Any]:
+    """Run a verb of the probe in a guest; return what it found. CommandFailed if anything was wrong."""
+    words = ("python3", "/run/view_probe.py", verb, str(run.about["area"]), str(FIRST[name]), *more)
+    found: dict[str, Any] = json.loads(run.lab.guest(name).run(" ".join(words), timeout=limit))
+    _log_is_clean(run.lab.guest(name))
+    return found
+
+
+def _log_is_clean(machine: Machine) -> None:
+    bad = machine.try_run(f"dmesg | grep -E -A30 '{BAD_LINES}'").out
+    assert not bad, f"{machine.name}: the kernel's log has {bad[:3000]}"
+
+
+# ------------------------------------------------------------------------------------------------------------ stages
+
+
+def _module(run: Run) -> None:
+    module = build_module()
+    host.install(run.lab.dom0, "sharearea")
+    for name, kind in GUESTS.items():
+        run.lab.create(name, kind)
+        machine = run.lab.guest(name)
+        host.install(machine, "sharearea-agent")
+        machine.put("/run/shareview.ko", module)
+        machine.put("/run/view_probe.py", HERE / "view_probe.py")
+        machine.put("/run/view_bench", WORK / "view_bench", mode=0o755)
+        machine.run("dmesg -C; busybox insmod /run/shareview.ko")
+    _fill(run)
+
+
+def _rules(run: Run) -> None:
+    for name in GUESTS:
+        found = _probe(run, name, "rules", limit=400)
+        _none_in_use(run, name)
+        run.number(f"{name}_rules_checks", found["checks"])
+
+
+def _misuse(run: Run, seconds: float) -> None:
+    for name in GUESTS:
+        found = _probe(run, name, "misuse", str(seconds), limit=240 + seconds)
+        _none_in_use(run, name)
+        run.number(f"{name}_misuse_checks", found["checks"])
+        run.number(f"{name}_random_calls", found["random_calls"]["calls"])
+        run.number(f"{name}_random_attached", found["random_calls"]["attached"])
+
+
+def _ratios(run: Run) -> None:
+    _fill(run, BIG_PAGES, 4096, BIG_SEED)
+    for name, kind in GUESTS.items():
+        found = _probe(run, name, "measure", limit=400)
+        _none_in_use(run, name)
+        for key, value in found["numbers"].items():
+            run.number(f"{kind}_{key}", value)
+    _fill(run)
+
+
+def _torture(run: Run, seconds: float) -> None:
+    for name in GUESTS:
+        found = _probe(run, name, "torture", str(seconds), limit=120 + seconds)
+        _none_in_use(run, name)
+        run.number(f"{name}_torture_cycles", found["cycles"])
+        run.number(f"{name}_torture_writes", found["writes"])
+        run.number(f"{name}_torture_pages_compared", sum(found["pages_compared"].values()))
+
+
+def _start_holding(run: Run, name: str) -> None:
+    words = f"python3 /run/view_probe.py hold {run.about['area']} {FIRST[name]}"
+    machine = run.lab.guest(name)
+    machine.run(f"rm -f /run/view-state.json; setsid {words} </dev/null >/run/view-hold.out 2>/run/view-hold.err &")
+    _goes_on(run, name)
+
+
+def _held(run: Run, name: str) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads(run.lab.guest(name).get("/run/view-state.json"))
+    except (ChannelError, CommandFailed, ValueError):
+        return {}
+    assert not state["wrong"], f"{name}: {state['wrong']}"
+    return state
+
+
+def _goes_on(run: Run, name: str) -> dict[str, Any]:
+    """Wait until the holder has compared everything twice more; return what it says."""
+    begun = _held(run, name).get("rounds", 0)
+    run.lab.wait(f"{name} compares", lambda: _held(run, name).get("rounds", 0) >= begun + 2, limit=60, pause=0.3)
+    return _held(run, name)
+
+
+def _stop_holding(run: Run, name: str) -> None:
+    machine = run.lab.guest(name)
+    machine.run("touch /run/view-stop")
+
+    def ended() -> bool:
+        return bool(machine.try_run("cat /run/view-hold.out").out.strip())
+
+    run.lab.wait(f"{name} stops", ended, limit=60, pause=0.3)
+    found = json.loads(machine.run("cat /run/view-hold.out"))
+    assert not found["wrong"], f"{name}: {found['wrong']} {machine.run('cat /run/view-hold.err')}"
+    _log_is_clean(machine)
+
+
+def _area_destroyed(run: Run) -> None:
+    for name in GUESTS:
+        _start_holding(run, name)
+    _granter(run).ask(do="destroy")
+    for name in GUESTS:
+        state = _goes_on(run, name)
+        assert state["info"]["tables"] == 1, f"{name}: {state}"
+        _stop_holding(run, name)
+    _fill(run)
+
+
+def _order(run: Run, name: str, **order: Any) -> None:
+    machine = run.lab.guest(name)
+    machine.put("/run/view-order.new", json.dumps(order))
+    machine.run("mv /run/view-order.new /run/view-order")
+    run.lab.wait(f"{name} obeys", lambda: machine.try_run("test -e /run/view-order").code == 1, limit=60, pause=0.3)
+
+
+def _save_restore(run: Run) -> None:
+    for name, kind in GUESTS.items():
+        _start_holding(run, name)
+        before = run.lab.domid(name)
+        run.lab.save(name)
+        _granter(run).ask(do="revoke", first=FIRST[name])
+        run.lab.restore(name)
+        after = run.lab.domid(name)
+        assert after != before, f"{name} has the same number"
+        state = _goes_on(run, name)
+        info = state["info"]
+        assert (info["epoch"], info["tables"], info["pending_pages"]) == (1, 0, 0), f"{name}: {state}"
+        _granter(run).ask(do="grant", domid=after, first=FIRST[name])
+        _order(run, name, do="attach", area=run.about["area"], first=FIRST[name], epoch=1)
+        state = _goes_on(run, name)
+        assert state["info"]["tables"] == 1, f"{name}: not attached again: {state}"
+        run.say(f"  {name} ({kind}): domain {before} is domain {after}, {state['rounds']} rounds compared")
+        _stop_holding(run, name)
+        _none_in_use(run, name)
+
+
+def _unload(run: Run) -> None:
+    for name in GUESTS:
+        machine = run.lab.guest(name)
+        machine.run("busybox rmmod shareview")
+        assert machine.try_run("test -e /dev/shareview").code == 1, f"{name}: the device is still there"
+        _log_is_clean(machine)
+        leak = machine.run("cat /proc/slabinfo")
+        assert not re.search(r"^shareview", leak, re.M), f"{name}: inodes are left"
+    granter = _granter(run)
+    granter.ask(do="destroy")
+    granter.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
