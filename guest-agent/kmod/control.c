@@ -97,6 +97,10 @@ static int sv_control_detach(struct shareview_detach __user *user)
 	int err;
 
 	err = sv_take(&args, user, sizeof(args));
+	if (!err && args.fd == -1) {
+		sv_detach_all(NULL);
+		return 0;
+	}
 	if (!err)
 		err = sv_view_file(args.fd, &fd);
 	if (err)

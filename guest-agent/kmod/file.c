@@ -173,33 +173,33 @@ static int sv_fadvise(struct file *file, loff_t offset, loff_t len, int advice)
 
 /* ----------------------------------------------------------------------------------------- map */
 
-static bool sv_in_mapping(struct vm_area_struct *vma, unsigned long page)
-{
-	return page >= vma->vm_pgoff && page - vma->vm_pgoff < vma_pages(vma);
-}
-
-/*
- * Map a granted page, and its neighbours as far as they are attached and it works. Under sv_srcu.
- */
+/* Map a granted page, and its neighbours as far as they are attached. Under sv_srcu. */
 static vm_fault_t sv_map_granted(struct vm_fault *vmf, struct sv_table *table)
 {
 	struct vm_area_struct *vma = vmf->vma;
-	unsigned long page = round_down(vmf->pgoff, SV_FAULT_AROUND);
-	unsigned long end = min(page + SV_FAULT_AROUND, sv_file_pages(vma->vm_file));
-	unsigned long at;
-	vm_fault_t ret;
+	unsigned long first = vmf->pgoff, last = vmf->pgoff;
+	unsigned long start = max(round_down(first, SV_FAULT_AROUND), vma->vm_pgoff);
+	unsigned long end = min(start + SV_FAULT_AROUND, vma->vm_pgoff + vma_pages(vma));
+	unsigned long count;
+	int err;
 
-	ret = vmf_insert_page(vma, vmf->address & PAGE_MASK, table->by_page[vmf->pgoff]);
-	if (ret != VM_FAULT_NOPAGE)
-		return ret;
-	for (; page < end; page++) {
-		if (page == vmf->pgoff || !sv_in_mapping(vma, page) || !sv_table_page(table, page))
-			continue;
-		at = vma->vm_start + ((page - vma->vm_pgoff) << PAGE_SHIFT);
-		if (vmf_insert_page(vma, at, table->by_page[page]) != VM_FAULT_NOPAGE)
-			break; /* out of memory; one that is mapped already is no error */
+	end = min(end, sv_file_pages(vma->vm_file));
+	while (first > start && sv_table_page(table, first - 1))
+		first--;
+	while (last + 1 < end && sv_table_page(table, last + 1))
+		last++;
+	count = last - first + 1;
+	if (count > 1) {
+		err = vm_insert_pages(vma, vma->vm_start + ((first - vma->vm_pgoff) << PAGE_SHIFT),
+				      table->by_page + first, &count);
+		if (!err)
+			return VM_FAULT_NOPAGE;
 	}
-	return ret;
+	/*
+	 * One of them was mapped already, or there is little memory: at least the one that is
+	 * needed.
+	 */
+	return vmf_insert_page(vma, vmf->address & PAGE_MASK, table->by_page[vmf->pgoff]);
 }
 
 static vm_fault_t sv_fault(struct vm_fault *vmf)

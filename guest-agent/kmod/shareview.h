@@ -56,7 +56,10 @@ struct shareview_state {
 	__aligned_u64 file_pages;
 };
 
-/* Let go of a file's table. ENOENT: there is none. */
+/*
+ * Let go of a file's table; ENOENT: there is none. fd -1: of all files of all views, no error if
+ * none.
+ */
 struct shareview_detach {
 	__u32 size;
 	__s32 fd;

@@ -564,14 +564,17 @@ static void sv_detach_each(struct super_block *sb)
 	}
 }
 
+/*
+ * Let go of all tables of a super block that goes, and wait for it; or of all that there are
+ * (NULL).
+ */
 void sv_detach_all(struct super_block *sb)
 {
-	struct sv_super *super = sv_super(sb);
-
-	mutex_lock(&sv_all_lock); /* a suspend must not hold an inode of ours */
+	mutex_lock(&sv_all_lock); /* nobody else may hold an inode of a super block that goes */
 	sv_detach_each(sb);
 	mutex_unlock(&sv_all_lock);
-	wait_var_event(&super->tables, !atomic_read(&super->tables));
+	if (sb)
+		wait_var_event(&sv_super(sb)->tables, !atomic_read(&sv_super(sb)->tables));
 }
 
 /*

@@ -28,6 +28,9 @@ ConsumerId = int
 Handle = int
 FileId = int
 
+VIEWS: Final[ConsumerId] = 0
+"""The consumer that is the agent itself, for mounted views (views.py). Programs are numbered from 1."""
+
 
 class FileKey(NamedTuple):
     """Names an inode while it exists."""
@@ -388,6 +391,21 @@ class StayPlain:
 
 
 @dataclass(frozen=True, slots=True)
+class OfferToViews:
+    """There are pages for a file: a mounted view may take it in. Outcome: Opened by VIEWS, if one does."""
+
+    key: FileKey
+    path: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveViews:
+    """A file that is in a view has lost its name. Outcome: Closed by VIEWS."""
+
+    key: FileKey
+
+
+@dataclass(frozen=True, slots=True)
 class DropCache:
     """Drop the guest's own copy of these runs of a leased file, or all of it. Outcome: Dropped."""
 
@@ -434,6 +452,8 @@ Action = (
     | UnshareWith
     | CutOff
     | StayPlain
+    | OfferToViews
+    | LeaveViews
     | DropCache
     | RenewCache
     | ForgetSegments
@@ -472,6 +492,7 @@ class Settings:
     max_attached_files: int = 16_384
     events_interval: float = 10.0  # one line per kind of event and reason in as long
     drop_batch: int = 256
+    views: bool = False  # whether files on offer may be taken into mounted views
     mappings_off: str = ""  # why nothing may be shared with programs of this guest, as a reason code; "": it may
 
 
@@ -745,6 +766,7 @@ class Agent:
                     file = self._current(file_id)
                     if file is not None:
                         file.available, file.refusal, file.in_vain = available, "", 0
+                        self._offer_to_views(file)
                         self._advance(file)
             case wire.Grantor():
                 self._grantor = message.domid
@@ -892,6 +914,8 @@ class Agent:
         file.paths.pop(path, None)
         if file.paths:
             return
+        if any(consumer == VIEWS for consumer, _ in file.uses):
+            self._act(LeaveViews(file.key))
         if file.stage is Stage.PLAIN:
             self._replace(file, None)
         elif file.stage in (Stage.LEASING, Stage.ASKING):
@@ -954,6 +978,12 @@ class Agent:
             self._act(SendData(fetch.request, next(iter(file.paths)), file.key, file.version.identity, fetch.runs))
 
     # ------------------------------------------------------------------------------------------------- consumers
+
+    def _offer_to_views(self, file: _File) -> None:
+        if not self.settings.views or not file.available or not file.paths:
+            return
+        if all(consumer != VIEWS for consumer, _ in file.uses):
+            self._act(OfferToViews(file.key, next(iter(file.paths))))
 
     def _on_opened(self, opened: Opened) -> None:
         file = self._files.get(opened.key)

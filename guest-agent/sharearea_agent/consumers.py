@@ -100,18 +100,21 @@ class ConsumerHub:
         feed: Callable[[Event], None],
         log: Callable[..., None],
         allow: Callable[[Credentials], bool] = lambda _: True,
+        off: str = "",
         *,
         serve_unchanged: bool = True,
     ) -> None:
         """`allow`: whether a program with these credentials gets handles; one that may not stays plain.
 
-        `serve_unchanged`: whether programs that do not know of shared pages get them, through the shim.
+        `off`: why no program of this guest does, as a reason code; "": programs do. `serve_unchanged`: whether
+        programs that do not know of shared pages get them, through the shim.
         """
         self._selector = selector
         self._mapper = mapper
         self._feed = feed
         self._log = log
         self._allow = allow
+        self._off = off
         self._serve_unchanged = serve_unchanged
         self._told_unchanged = False
         self._next = 0
@@ -212,8 +215,8 @@ class ConsumerHub:
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
         if not stat.S_ISREG(info.st_mode) or flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
             raise ProtocolError("a descriptor that does not give the right to read a regular file")
-        if not consumer.allowed:
-            self._send(consumer, Plain(message.handle, "not-allowed"))
+        if self._off or not consumer.allowed:
+            self._send(consumer, Plain(message.handle, self._off or "not-allowed"))
             return
         if consumer.unchanged and not self._serve_unchanged:
             self._send(consumer, Plain(message.handle, "no-shim"))
@@ -245,6 +248,30 @@ class ConsumerHub:
         known.uses.add(use)
         consumer.files[message.handle] = key
         self._feed(agent.Opened(consumer.id, message.handle, key))
+
+    def hold(self, key: FileKey, path: bytes, use: tuple[ConsumerId, Handle]) -> bool:
+        """Have a file open for a consumer that is no program (agent.VIEWS); False if it cannot be or is another."""
+        known = self.files.get(key)
+        if known is None:
+            if len(self.files) + len(self._leases) + len(self._consumers) >= self._max_files:
+                self._at_limit("files", f"{len(self.files)} files are open: the limit on open files is near")
+                return False
+            try:
+                own = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except OSError:
+                return False  # it is gone, or somebody writes
+            info = os.fstat(own)
+            if (info.st_dev, info.st_ino) != key:
+                os.close(own)
+                return False
+            known = self.files[key] = OpenFile(own)
+        known.uses.add(use)
+        return True
+
+    def release(self, key: FileKey, use: tuple[ConsumerId, Handle]) -> None:
+        """End what hold() began."""
+        if key in self.files:
+            self.files[key].uses.discard(use)
 
     # ---------------------------------------------------------------------------------------------------- actions
 
@@ -331,7 +358,9 @@ class ConsumerHub:
         return [(each.id, each.pid, each.uid, each.unchanged) for each in self._consumers.values()]
 
     def describe(self, consumer_id: ConsumerId) -> str:
-        """Return a consumer's process for the log, as `pid 17 uid 1000`."""
+        """Return a consumer's process for the log, as `pid 17 uid 1000`, or `guest view`."""
+        if consumer_id == agent.VIEWS:
+            return "guest view"
         consumer = self._consumers.get(consumer_id)
         return f"pid {consumer.pid} uid {consumer.uid}" if consumer is not None else "gone"
 

@@ -38,6 +38,8 @@ from .connect import SUSPEND_S, Connector, RingConnector, SocketConnector, guest
 from .consumers import ConsumerHub, Credentials
 from .mapper import GUEST_PV, LocalMapper, Mapper, XenMapper
 from .scan import Counters, Pass, Run, Scanner, ScanSettings, runs_of, vanished
+from .view_control import ViewControl
+from .views import MOUNTS, Views, mounted_views
 from .watch import FolderWatch
 from .worker import Job, Steps, Then, Worker
 
@@ -89,6 +91,9 @@ class Runner:
         self._own_memory_at = 0.0
         self._own_memory = 0
         self._mappings_off = self._why_no_mappings()
+        self._views = self._find_views()
+        if self._views is not None:
+            self._undo.callback(self._views.close)
         settings = agent.Settings(
             name=config.name,
             version=__version__,
@@ -99,7 +104,9 @@ class Runner:
             reconnect_max=config.reconnect_max,
             max_attached_files=config.max_attached_files,
             events_interval=config.events_interval,
-            mappings_off=self._mappings_off[0],
+            views=self._views is not None,
+            # With views there is somebody to share with; programs are told by the hub.
+            mappings_off="" if self._views is not None else self._mappings_off[0],
         )
         self.agent = Agent(settings, SystemRandom().random)
 
@@ -132,6 +139,7 @@ class Runner:
             self._events.append,
             self.log.event,
             self._who_may(),
+            self._mappings_off[0],
             serve_unchanged=config.backend != BACKEND_XEN,
         )
         self._undo.callback(self._hub.close)
@@ -144,6 +152,8 @@ class Runner:
             self.log.event("watch.limited", detail=error.message, hint=error.hint)
         self.log.about(domain=config.name)
         self.log.event("agent.started", folders=[str(folder) for folder in config.folders])
+        if self._views is not None:
+            self._selector.register(self._views, selectors.EVENT_READ, self._on_views)
         reason, hint = self._mappings_off
         if reason or hint:
             self.log.event("mappings.limited", reason=reason, hint=hint)
@@ -165,6 +175,19 @@ class Runner:
                 "programs could make mappings executable, which ends a PVH guest: mount /dev noexec for the agent",
             )
         return "", ""
+
+    def _find_views(self) -> Views | None:
+        """Return the mounted views, if there are any and their module answers."""
+        if self.config.backend != BACKEND_XEN:
+            return None
+        try:
+            views = mounted_views(MOUNTS.read_bytes())
+            if not views:
+                return None
+            return Views(ViewControl(), views, self._events.append, self.log.event)
+        except (HostError, OSError) as error:
+            self.log.event("agent.limit", detail=f"guest views are mounted and cannot be used: {error}")
+            return None
 
     def _make_connector(self) -> Connector:
         if self.config.backend != BACKEND_XEN:
@@ -418,6 +441,16 @@ class Runner:
                 self._take_lease(action)
             case agent.ReleaseLease():
                 self._release_lease(action.key)
+            case agent.OfferToViews():
+                self._take_into_view(action)
+            case agent.LeaveViews():
+                self._put_out_of_view(action.key)
+            case agent.ShareWith(consumer=agent.VIEWS):
+                assert self._views is not None
+                self._views.share(action)
+            case agent.UnshareWith(consumer=agent.VIEWS):
+                assert self._views is not None
+                self._views.unshare(action)
             case agent.ShareWith():
                 try:
                     self._hub.share(action)
@@ -445,6 +478,30 @@ class Runner:
                     fields["consumers"] = [self._hub.describe(consumer) for consumer in action.fields["consumers"]]  # type: ignore[attr-defined]
                 self.log.event(action.event, **fields)
 
+    # -------------------------------------------------------------------------------------------------------- views
+
+    def _take_into_view(self, action: agent.OfferToViews) -> None:
+        if self._views is None:
+            return
+        path = os.fsencode(self.config.root) + action.path if self.config.root != Path("/") else action.path
+        handle = self._views.take_in(action.key, path)
+        if handle is None:
+            return
+        if self._hub.hold(action.key, path, (agent.VIEWS, handle)):
+            self._events.append(agent.Opened(agent.VIEWS, handle, action.key))
+        else:
+            self._views.put_out(action.key)
+
+    def _put_out_of_view(self, key: FileKey) -> None:
+        handle = self._views.put_out(key) if self._views is not None else None
+        if handle is not None:
+            self._hub.release(key, (agent.VIEWS, handle))
+            self._events.append(agent.Closed(agent.VIEWS, handle))
+
+    def _on_views(self, _: int) -> None:
+        assert self._views is not None
+        self._views.look()
+
     # ------------------------------------------------------------------------------------------------------- leases
 
     def _take_lease(self, action: agent.TakeLease) -> None:
@@ -460,6 +517,8 @@ class Runner:
         self._leases[file.fd] = action.key
         info = os.fstat(file.fd)
         identity = FileIdentity(info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+        if self._views is not None:
+            self._views.asking(action.key)
         self._events.append(agent.LeaseTaken(action.key, identity))
 
     def _release_lease(self, key: FileKey) -> None:
@@ -746,6 +805,8 @@ class Runner:
                     "leases": len(self._leases),
                     "log_lines_dropped": self.log.dropped,
                 }
+                if self._views is not None:
+                    status["view"] = self._views.status()
                 return status
             case "detach":
                 path = question.get("path")

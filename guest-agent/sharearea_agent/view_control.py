@@ -116,6 +116,10 @@ class ViewControl:
             return False
         return True
 
+    def detach_all(self) -> None:
+        """Let go of all files of all views."""
+        fcntl.ioctl(self.fileno(), DETACH, _DETACH.pack(_DETACH.size, -1))
+
     def state(self, file: int) -> tuple[int, int]:
         """Return how many pages of a file are attached, and how many it has."""
         body = bytearray(_STATE.pack(_STATE.size, file, 0, 0))

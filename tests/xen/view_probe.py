@@ -418,6 +418,11 @@ class Probe:
                 self.check(mapping.bytes() == self.want, "attached")
                 self.check(self.control.detach(fd), "detaching")
                 self.check(mapping.bytes() == self.want, "detached")
+            self.attach(fd)
+            self.control.detach_all()
+            self.check(self.control.state(fd)[0] == 0, "left attached by detaching all")
+            self.control.detach_all()
+            self.check(mapping.bytes() == self.want, "all detached")
             mapping.close()
             os.close(fd)
 

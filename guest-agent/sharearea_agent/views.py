@@ -1,0 +1,218 @@
+"""The agent as the guest view's own consumer: it attaches granted pages to files of mounted views (docs/view.md).
+
+A view is found, not made: whatever is mounted of type `shareview` when the agent starts. Files come in when the broker
+offers pages of them and leave when they have lost their names; between, the state machine treats this like any other
+consumer, with the number VIEWS. What is attached needs no process: it stays right if the agent dies, and the next one
+begins by taking it all back, since nobody knows any more what the broker has granted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from . import agent
+from .agent import VIEWS, Event, FileKey, Handle
+from .common.events import path_text
+from .consumer_wire import MAPPED_DIFFERENT, MAPPED_DONE, MAPPED_NO_ROOM
+from .view_control import ViewControl
+
+MOUNTS: Final = Path("/proc/self/mountinfo")
+_OCTAL: Final = re.compile(rb"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class MountedView:
+    """A view: its lower folder, and where it is mounted. Absolute paths."""
+
+    lower: bytes
+    at: bytes
+
+    def path(self, plain: bytes) -> bytes | None:
+        """Return where a file of the lower folder is in the view; None if it is not in it."""
+        inside = plain.removeprefix(self.lower + b"/")
+        return None if inside == plain else self.at + b"/" + inside
+
+
+def mounted_views(mountinfo: bytes) -> list[MountedView]:
+    """Return the views in the text of /proc/self/mountinfo, but not those that cover their own lower folder.
+
+    Through such a one an agent would scan and lease the view itself.
+    """
+    found = []
+    for line in mountinfo.splitlines():
+        left, _, right = line.partition(b" - ")
+        words, about = left.split(b" "), right.split(b" ")
+        if len(words) < 5 or len(about) < 3 or about[0] != b"shareview":
+            continue
+        options = [option for option in about[2].split(b",") if option.startswith(b"lower=")]
+        lower = _plain(_plain(options[0].removeprefix(b"lower="))) if options else b""
+        at = _plain(words[4])
+        if lower.startswith(b"/") and lower.rstrip(b"/") != at:
+            found.append(MountedView(lower.rstrip(b"/"), at))
+    return found
+
+
+def _plain(text: bytes) -> bytes:
+    """Undo the escapes of /proc."""
+    return _OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), text)
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A file that is in a view."""
+
+    key: FileKey
+    path: bytes  # in the view
+    epoch: int = 0  # from before its grants were asked for
+    fd: int = -1  # of the view's file, while pages are attached
+    generation: int = 0
+
+
+class Views:
+    """The mounted views, and what is attached in them. Belongs to the runner's thread; answers through `feed`."""
+
+    def __init__(
+        self,
+        control: ViewControl,
+        views: list[MountedView],
+        feed: Callable[[Event], None],
+        log: Callable[..., None],
+    ) -> None:
+        """`control` is this object's from now on. `log`: as EventLog.event."""
+        self._control = control
+        self._views = views
+        self._feed = feed
+        self._log = log
+        self._entries: dict[Handle, _Entry] = {}
+        self._handles: dict[FileKey, Handle] = {}
+        self._next: Handle = 0
+        self._complained: set[int] = set()
+        control.detach_all()  # what an earlier agent left: nobody knows any more what of it is granted
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when pages were let go that nobody here has let go."""
+        return self._control.fileno()
+
+    def place(self, plain: bytes) -> bytes | None:
+        """Return where a plain file is in a view; None if it is in none."""
+        for view in self._views:
+            path = view.path(plain)
+            if path is not None:
+                return path
+        return None
+
+    def take_in(self, key: FileKey, plain: bytes) -> Handle | None:
+        """Take in a file of a view; return its new handle. None: in no view, another file there, or in already."""
+        path = self.place(plain)
+        if path is None or key in self._handles:
+            return None
+        try:
+            seen = os.stat(path, follow_symlinks=False)
+        except OSError:
+            return None
+        if (seen.st_dev, seen.st_ino) != key:
+            return None
+        self._next += 1
+        self._entries[self._next] = _Entry(key, path)
+        self._handles[key] = self._next
+        return self._next
+
+    def put_out(self, key: FileKey) -> Handle | None:
+        """Let go of a file that has lost its name; return the handle that it had, None if it had none."""
+        handle = self._handles.pop(key, None)
+        if handle is not None:
+            self._let_go(self._entries.pop(handle))
+        return handle
+
+    def asking(self, key: FileKey) -> None:
+        """Note that grants for a file are asked for from now on: those of an earlier epoch are not for it."""
+        handle = self._handles.get(key)
+        if handle is not None:
+            self._entries[handle].epoch = self._control.info().epoch
+
+    def share(self, action: agent.ShareWith) -> None:
+        """Attach; the state machine hears how it went."""
+        entry = self._entries.get(action.handle)
+        if entry is None:
+            return
+        outcome, pages = MAPPED_NO_ROOM, 0
+        try:
+            self._let_go(entry)
+            entry.generation = action.generation
+            pages = self._attach(entry, action)
+            outcome = MAPPED_DONE
+        except (OSError, ValueError) as error:
+            number = error.errno if isinstance(error, OSError) else None
+            outcome = MAPPED_DIFFERENT if number == errno.EBADMSG else MAPPED_NO_ROOM
+            # A writer (EAGAIN) and a suspend (ESTALE) are everyday; the state machine hears of them by itself.
+            if number not in (errno.EBADMSG, errno.EAGAIN, errno.ESTALE) and (number or 0) not in self._complained:
+                self._complained.add(number or 0)
+                self._log("agent.limit", detail=f"cannot attach {path_text(entry.path)}: {error}")
+        self._feed(agent.ConsumerMapped(VIEWS, action.handle, action.generation, pages, outcome))
+
+    def _attach(self, entry: _Entry, action: agent.ShareWith) -> int:
+        if action.grantor is None:
+            raise ValueError("grants of nobody")
+        fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            seen = os.fstat(fd)
+            if (seen.st_dev, seen.st_ino) != entry.key:
+                raise OSError(errno.ESTALE, "another file")
+            self._control.attach(fd, action.grantor, action.runs, entry.epoch)
+            attached, _ = self._control.state(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        entry.fd = fd
+        return attached
+
+    def unshare(self, action: agent.UnshareWith) -> None:
+        """Detach; the state machine hears that it is done."""
+        entry = self._entries.get(action.handle)
+        if entry is None:
+            return
+        self._let_go(entry)
+        self._feed(agent.ConsumerLetGo(VIEWS, action.handle, action.generation))
+
+    def _let_go(self, entry: _Entry) -> None:
+        fd, entry.fd = entry.fd, -1
+        if fd >= 0:
+            try:
+                self._control.detach(fd)
+            finally:
+                os.close(fd)
+
+    def look(self) -> None:
+        """See what was let go without us: those files are given back, and asked for again later."""
+        self._control.info()
+        for handle, entry in self._entries.items():
+            if entry.fd >= 0 and not self._control.state(entry.fd)[0]:
+                os.close(entry.fd)
+                entry.fd = -1
+                self._feed(agent.ConsumerMapped(VIEWS, handle, entry.generation, 0, MAPPED_NO_ROOM))
+
+    def status(self) -> dict[str, Any]:
+        """Return figures for `sharearea-agent status`."""
+        info = self._control.info()
+        return {
+            "views": [path_text(view.at) for view in self._views],
+            "attached_files": sum(entry.fd >= 0 for entry in self._entries.values()),
+            "attached_pages": info.attached_pages,
+            "pending_pages": info.pending_pages,
+        }
+
+    def close(self) -> None:
+        """Detach everything and close the device."""
+        for entry in self._entries.values():
+            with contextlib.suppress(OSError):
+                self._let_go(entry)
+        self._entries.clear()
+        self._handles.clear()
+        self._control.close()

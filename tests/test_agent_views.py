@@ -1,0 +1,212 @@
+"""The agent and mounted views: which files come in, what is attached for them, and that everything else is left alone.
+
+The module itself needs Xen (tests/xen/view.py); here its control device is one that keeps the same rules in memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from array import array
+from pathlib import Path
+
+import pytest
+
+from sharearea_agent import agent
+from sharearea_agent.agent import VIEWS, Agent, FileIdentity, FileKey, Observation, Settings
+from sharearea_agent.common import wire
+from sharearea_agent.consumer_wire import MAPPED_DIFFERENT, MAPPED_DONE, MAPPED_NO_ROOM
+from sharearea_agent.view_control import ViewControl, ViewInfo
+from sharearea_agent.views import MountedView, Views, mounted_views
+
+WELCOME = wire.Welcome(wire.PROTOCOL_VERSION, "g", "p", bytes(16), bytes(16), bytes(32), 8, 1, 1 << 20, 10, ("**",), ())
+RUNS = array("I", (0, 40, 3)).tobytes()
+
+
+class Device(ViewControl):
+    """/dev/shareview, as far as one can tell from outside: tables by inode, an epoch, and errors on order."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+        self.tables: dict[int, tuple[int, bytes]] = {}
+        self.epoch = 0
+        self.fail = 0
+
+    def info(self) -> ViewInfo:
+        return ViewInfo(1, self.epoch, 0, len(self.tables), 0, 0, 0, 0, 0, 0)
+
+    def attach(self, file: int, domid: int, runs: bytes, epoch: int) -> int:
+        number = os.fstat(file).st_ino
+        if self.fail:
+            raise OSError(self.fail, os.strerror(self.fail))
+        if epoch != self.epoch:
+            raise OSError(errno.ESTALE, "")
+        if number in self.tables:
+            raise OSError(errno.EEXIST, "")
+        self.tables[number] = (domid, runs)
+        return 0
+
+    def detach(self, file: int) -> bool:
+        return self.tables.pop(os.fstat(file).st_ino, None) is not None
+
+    def detach_all(self) -> None:
+        self.tables.clear()
+
+    def state(self, file: int) -> tuple[int, int]:
+        _, runs = self.tables.get(os.fstat(file).st_ino, (0, b""))
+        return sum(array("I", runs)[2::3]), 9
+
+
+class House:
+    """A lower folder with two files, and a "view" of it: a folder with the same inodes."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.lower, self.at = tmp_path / "lower", tmp_path / "view"
+        self.lower.mkdir()
+        self.at.mkdir()
+        for name in ("one", "two"):
+            (self.lower / name).write_bytes(b"x" * 9 * 4096)
+            os.link(self.lower / name, self.at / name)
+        self.device = Device()
+        self.device.tables[999] = (1, RUNS)
+        self.events: list[agent.Event] = []
+        self.lines: list[str] = []
+        mounted = MountedView(os.fsencode(self.lower), os.fsencode(self.at))
+        self.views = Views(self.device, [mounted], self.events.append, lambda event, **_: self.lines.append(event))
+
+    def key(self, name: str) -> FileKey:
+        seen = os.stat(self.lower / name)
+        return FileKey(seen.st_dev, seen.st_ino)
+
+    def take_in(self, name: str) -> int:
+        handle = self.views.take_in(self.key(name), os.fsencode(self.lower / name))
+        assert handle is not None
+        return handle
+
+    def share(self, handle: int, grantor: int | None = 5, generation: int = 1) -> agent.Event:
+        self.views.share(agent.ShareWith(VIEWS, handle, generation, RUNS, grantor))
+        return self.events.pop()
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    return House(tmp_path)
+
+
+def test_views_are_found_among_mounts_but_not_those_over_their_own_folder() -> None:
+    text = (
+        b"25 1 8:1 / / rw - ext4 /dev/xvda rw\n"
+        b"30 25 0:40 / /mnt/view ro,relatime shared:1 - shareview none ro,lower=/srv/data\n"
+        b"31 25 0:41 / /mnt/a\\040b ro - shareview none ro,lower=/srv/a\\134040b,verify=all\n"
+        b"32 25 0:42 / /srv/own ro - shareview none ro,lower=/srv/own/\n"
+        b"33 25 0:43 / /odd ro - shareview none ro\n"
+        b"nonsense\n"
+    )
+    assert mounted_views(text) == [MountedView(b"/srv/data", b"/mnt/view"), MountedView(b"/srv/a b", b"/mnt/a b")]
+
+
+def test_what_an_earlier_agent_left_attached_is_let_go_first(house: House) -> None:
+    assert house.device.tables == {}
+
+
+def test_pages_are_attached_and_let_go(house: House) -> None:
+    handle = house.take_in("one")
+    house.views.asking(house.key("one"))
+    assert house.share(handle) == agent.ConsumerMapped(VIEWS, handle, 1, 3, MAPPED_DONE)
+    assert house.device.tables == {house.key("one").ino: (5, RUNS)}
+    assert house.views.status()["attached_files"] == 1
+    house.views.unshare(agent.UnshareWith(VIEWS, handle, 1))
+    assert house.events.pop() == agent.ConsumerLetGo(VIEWS, handle, 1)
+    assert house.device.tables == {}
+
+
+@pytest.mark.parametrize(
+    ("number", "outcome", "lines"),
+    [
+        (errno.EBADMSG, MAPPED_DIFFERENT, 0),
+        (errno.EAGAIN, MAPPED_NO_ROOM, 0),
+        (errno.ENOMEM, MAPPED_NO_ROOM, 1),
+    ],
+)
+def test_what_cannot_be_attached_is_given_back(house: House, number: int, outcome: int, lines: int) -> None:
+    handle = house.take_in("one")
+    house.device.fail = number
+    for _ in range(2):
+        assert house.share(handle) == agent.ConsumerMapped(VIEWS, handle, 1, 0, outcome)
+    assert house.lines == ["agent.limit"] * lines
+
+
+def test_grants_that_were_asked_for_before_a_suspend_are_not_attached(house: House) -> None:
+    handle = house.take_in("one")
+    house.views.asking(house.key("one"))
+    house.device.epoch += 1
+    assert house.share(handle) == agent.ConsumerMapped(VIEWS, handle, 1, 0, MAPPED_NO_ROOM)
+    house.views.asking(house.key("one"))
+    assert house.share(handle) == agent.ConsumerMapped(VIEWS, handle, 1, 3, MAPPED_DONE)
+
+
+def test_pages_that_the_kernel_has_let_go_are_given_back(house: House) -> None:
+    first, second = house.take_in("one"), house.take_in("two")
+    house.share(first)
+    house.share(second, generation=7)
+    del house.device.tables[house.key("two").ino]
+    house.views.look()
+    assert house.events == [agent.ConsumerMapped(VIEWS, second, 7, 0, MAPPED_NO_ROOM)]
+    house.views.look()
+    assert len(house.events) == 1
+
+
+def test_another_file_under_the_name_is_not_touched(house: House, tmp_path: Path) -> None:
+    key = house.key("one")
+    handle = house.take_in("one")
+    (house.at / "one").unlink()
+    (house.at / "one").write_bytes(b"another")
+    assert house.share(handle) == agent.ConsumerMapped(VIEWS, handle, 1, 0, MAPPED_NO_ROOM)
+    assert house.device.tables == {}
+    assert house.views.put_out(key) == handle
+    assert house.views.take_in(key, os.fsencode(house.lower / "one")) is None
+    assert house.views.take_in(key, os.fsencode(tmp_path / "elsewhere")) is None
+
+
+def test_descriptors_are_closed_with_what_they_were_for(house: House) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    handle = house.take_in("one")
+    for generation in range(1, 4):
+        house.share(handle, generation=generation)
+        house.events.clear()
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    house.views.put_out(house.key("one"))
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert house.device.tables == {}
+
+
+# ------------------------------------------------------------------------------------------------- the state machine
+
+
+def offered(views: bool, path: bytes = b"/srv/one") -> tuple[Agent, FileKey, list[agent.Action]]:
+    """An agent whose file the broker has just offered pages of."""
+    machine = Agent(Settings("guest", "1", bytes(16), views=views), lambda: 0.0)
+    key = FileKey(1, 2)
+    machine.handle(agent.Tick(), 0)
+    machine.handle(agent.LinkUp(), 0)
+    machine.handle(agent.FromBroker(WELCOME), 0)
+    seen = Observation(path, key, FileIdentity(9 * 4096, 1, 1), bytes(32), None, 9, 0)
+    machine.handle(agent.Observed((seen,)), 0)
+    ids = array("I", [1]).tobytes()
+    return machine, key, machine.handle(agent.FromBroker(wire.Offer(ids, array("I", [9]).tobytes())), 0)
+
+
+def test_files_on_offer_are_offered_to_views_once() -> None:
+    machine, key, actions = offered(True)
+    assert agent.OfferToViews(key, b"/srv/one") in actions
+    taken = machine.handle(agent.Opened(VIEWS, 1, key), 1)
+    assert agent.TakeLease(key, VIEWS, 1) in taken
+    again = machine.handle(agent.FromBroker(wire.Offer(array("I", [1]).tobytes(), array("I", [9]).tobytes())), 1)
+    assert not [action for action in again if isinstance(action, agent.OfferToViews)]
+    gone = machine.handle(agent.Vanished((b"/srv/one",)), 2)
+    assert agent.LeaveViews(key) in gone
+
+
+def test_without_views_nothing_is_offered_to_them() -> None:
+    _, _, actions = offered(False)
+    assert not [action for action in actions if isinstance(action, agent.OfferToViews)]
