@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Stage("torture", 300 + 2 * options.torture, "readers against all else", torture),
         Stage("area-destroyed", 200, "the area goes while pages are attached and mapped", _area_destroyed),
         Stage("save-restore", 600, "saved and restored with a view attached and mapped", _save_restore),
+        Stage(
+            "agents", 400, "broker and agents fill the views by themselves; a program that knows nothing reads", _agents
+        ),
         Stage("unload", 100, "the module is unloaded; the guests' kernels have said nothing bad", _unload),
     ]
     names = [stage.name for stage in stages]
@@ -285,6 +289,81 @@ def _save_restore(run: Run) -> None:
         _none_in_use(run, name)
 
 
+SHARED: Final = "/srv/shared"
+SEEN: Final = "/mnt/shared"
+SHARED_FILES: Final = 12
+
+
+def _agents(run: Run) -> None:
+    """Both guests have the same files; what is read through the view comes from the area, and follows a writer."""
+    _granter(run).ask(do="destroy")
+    broker = host.Broker(run.lab)
+    broker.configure([{"name": name} for name in GUESTS], {}, {"max_area_bytes": "64 MiB"})
+    agents = {name: host.Agent(run.lab, name) for name in GUESTS}
+    run.about["logs"] = [("dom0", broker.log, "broker.log")]
+    run.about["logs"] += [(name, agent.log, f"agent-{name}.log") for name, agent in agents.items()]
+    make = (
+        "import random\n"
+        "made = random.Random(11)\n"
+        f"for number in range({SHARED_FILES}):\n"
+        f"    with open(f'{SHARED}/f{{number}}', 'wb') as file:\n"
+        "        file.write(made.randbytes(300_000 + number * 77_777))\n"
+    )
+    sums: dict[str, str] = {}
+    for name in GUESTS:
+        machine = run.lab.guest(name)
+        machine.run(f"mkdir -p {SHARED} {SEEN}; python3 -", data=make.encode())
+        sums[name] = machine.run(f"cd {SHARED}; sync; sha256sum f*")
+        machine.run(f"mount -t shareview -o lower={SHARED} none {SEEN}")
+    assert len(set(sums.values())) == 1, "the guests' files differ"
+    broker.start()
+    broker.wait()
+    for agent in agents.values():
+        agent.configure([SHARED])
+        agent.start()
+
+    def attached(name: str, least: int) -> bool:
+        run.lab.guest(name).run(f"cat {SHARED}/f* >/dev/null")  # what was evicted before it was seen is not reported
+        return bool(agents[name].status().get("view", {}).get("attached_files", 0) >= least)
+
+    for name in GUESTS:
+        run.lab.wait(f"{name}: all files attached", partial(attached, name, SHARED_FILES), limit=150, pause=1)
+        machine = run.lab.guest(name)
+        before = _counters(machine)
+        assert machine.run(f"cd {SEEN}; sha256sum f*") == sums[name], f"{name}: other bytes through the view"
+        assert _counters(machine)["read_bytes"] > before["read_bytes"], f"{name}: nothing came from granted pages"
+        run.number(f"{name}_agent_attached_pages", agents[name].status()["view"]["attached_pages"])
+    # A writer who knows nothing of it all, and a file that is replaced.
+    writer = run.lab.guest("h1")
+    writer.run(f"printf changed | dd of={SHARED}/f0 conv=notrunc status=none", timeout=30)
+    writer.run(f"cp {SHARED}/f2 {SHARED}/new && mv {SHARED}/new {SHARED}/f1 && rm {SHARED}/f3", timeout=30)
+    assert writer.run(f"head -c 7 {SEEN}/f0") == "changed"
+    assert writer.run(f"cmp {SEEN}/f1 {SHARED}/f2 && ls {SEEN} | grep -c '^f3$' || true").strip() == "0"
+    assert run.lab.guest("v1").run(f"cd {SEEN}; sha256sum f*") == sums["v1"], "the other guest sees a writer"
+    for name, agent in agents.items():
+        agent.ask("detach", path=None)
+        machine = run.lab.guest(name)
+        run.lab.wait(f"{name} detached", partial(_nothing_attached, machine), limit=60)
+        agent.stop()
+        machine.run(f"umount {SEEN}")
+        assert not agent.faults(), agent.faults()
+        _log_is_clean(machine)
+    broker.stop()
+    assert not broker.faults(), broker.faults()
+
+
+def _nothing_attached(machine: Machine) -> bool:
+    return _counters(machine)["attached_pages"] == 0
+
+
+def _counters(machine: Machine) -> dict[str, int]:
+    """The module's counters in a guest."""
+    ask = "import json; from sharearea_agent.view_control import ViewControl as C; i = C().info(); "
+    said = machine.run(f"python3 -c '{ask}print(json.dumps({{n: getattr(i, n) for n in i.__slots__}}))'")
+    found: dict[str, int] = json.loads(said)
+    return found
+
+
 def _unload(run: Run) -> None:
     for name in GUESTS:
         machine = run.lab.guest(name)
@@ -293,9 +372,7 @@ def _unload(run: Run) -> None:
         _log_is_clean(machine)
         leak = machine.run("cat /proc/slabinfo")
         assert not re.search(r"^shareview", leak, re.M), f"{name}: inodes are left"
-    granter = _granter(run)
-    granter.ask(do="destroy")
-    granter.close()
+    _granter(run).close()
 
 
 if __name__ == "__main__":
