@@ -87,7 +87,7 @@ END
   printf 'sharearea (%s) bookworm; urgency=medium\n\n  * Built from the tree; see CHANGELOG.md.gz.\n\n -- %s  %s\n' \
     "$version" "$maintainer" "$(date -u -R -d "@$SOURCE_DATE_EPOCH")" | gzip -9n >"$folder/changelog.Debian.gz"
   gzip -9nc CHANGELOG.md >"$folder/changelog.gz"
-  for file in docs/operations.md docs/exit-codes.md docs/threat-model.md docs/xen.md; do
+  for file in docs/operations.md docs/exit-codes.md docs/threat-model.md docs/xen.md docs/view.md; do
     if [ -e "$file" ]; then
       cp "$file" "$folder/"
     fi
