@@ -31,6 +31,7 @@ class Device(ViewControl):
         self.tables: dict[int, tuple[int, bytes]] = {}
         self.epoch = 0
         self.fail = 0
+        self.holds: list[bool] = []
 
     def info(self) -> ViewInfo:
         return ViewInfo(1, self.epoch, 0, len(self.tables), 0, 0, 0, 0, 0, 0)
@@ -51,6 +52,9 @@ class Device(ViewControl):
 
     def detach_all(self) -> None:
         self.tables.clear()
+
+    def hold(self, on: bool) -> None:
+        self.holds.append(on)
 
     def state(self, file: int) -> tuple[int, int]:
         _, runs = self.tables.get(os.fstat(file).st_ino, (0, b""))
@@ -180,6 +184,12 @@ def test_descriptors_are_closed_with_what_they_were_for(house: House) -> None:
     assert house.device.tables == {}
 
 
+def test_a_suspend_is_held_back_while_programs_map_grants_and_no_longer(house: House) -> None:
+    for on in (False, True, True, False, False):
+        house.views.hold_suspend(on)
+    assert house.device.holds == [True, False]
+
+
 # ------------------------------------------------------------------------------------------------- the state machine
 
 
@@ -205,6 +215,23 @@ def test_files_on_offer_are_offered_to_views_once() -> None:
     assert not [action for action in again if isinstance(action, agent.OfferToViews)]
     gone = machine.handle(agent.Vanished((b"/srv/one",)), 2)
     assert agent.LeaveViews(key) in gone
+
+
+@pytest.mark.parametrize("consumer", [VIEWS, 4])
+def test_what_views_share_holds_no_suspend_back_and_what_programs_share_does(consumer: int) -> None:
+    machine, key, _ = offered(True)
+    machine.handle(agent.Opened(consumer, 1, key), 1)
+    machine.handle(agent.LeaseTaken(key, FileIdentity(9 * 4096, 1, 1)), 1)
+    assert not machine.programs_share
+    machine.handle(agent.FromBroker(wire.Grantor(3)), 1)
+    shared = machine.handle(agent.FromBroker(wire.Granted(1, array("I", (0, 8, 9)).tobytes())), 1)
+    assert [action for action in shared if isinstance(action, agent.ShareWith)]
+    assert machine.programs_share == (consumer != VIEWS)
+    left = machine.handle(agent.FromBroker(wire.Withdraw(array("I", [1]).tobytes(), 0)), 2)
+    assert [action for action in left if isinstance(action, agent.UnshareWith)]
+    assert machine.programs_share == (consumer != VIEWS)
+    machine.handle(agent.ConsumerLetGo(consumer, 1, 1), 2)
+    assert not machine.programs_share
 
 
 def test_without_views_nothing_is_offered_to_them() -> None:

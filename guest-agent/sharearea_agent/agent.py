@@ -958,6 +958,11 @@ class Agent:
         """Return whether LinkReady would bring something."""
         return self._welcome is not None and bool(self._unreported)
 
+    @property
+    def programs_share(self) -> bool:
+        """Whether a program may have something shared mapped by itself: not through a view."""
+        return any(consumer != VIEWS for key in self._shared_keys for consumer, _ in self._files[key].uses)
+
     def _on_verdict(self, file_id: FileId, verdict: int) -> None:
         file = self._current(file_id)
         if file is None or file.version is None:

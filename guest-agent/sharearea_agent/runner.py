@@ -287,6 +287,8 @@ class Runner:
         if self._resume_at is not None and now >= self._resume_at:
             self._resume_at = None
             self._events.append(agent.Resumed())
+        if self._views is not None:
+            self._views.hold_suspend(self.agent.programs_share)
         self._events.append(agent.Tick(memory))
         self._hub.release_unused(self._leases)
         self._look_at_changes(now)
@@ -452,6 +454,8 @@ class Runner:
                 assert self._views is not None
                 self._views.unshare(action)
             case agent.ShareWith():
+                if self._views is not None:
+                    self._views.hold_suspend(True)  # before the program has anything that it could map
                 try:
                     self._hub.share(action)
                 except ProtocolError as error:

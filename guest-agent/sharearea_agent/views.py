@@ -94,6 +94,7 @@ class Views:
         self._handles: dict[FileKey, Handle] = {}
         self._next: Handle = 0
         self._complained: set[int] = set()
+        self._held = False
         control.detach_all()  # what an earlier agent left: nobody knows any more what of it is granted
 
     def fileno(self) -> int:
@@ -188,6 +189,12 @@ class Views:
                 self._control.detach(fd)
             finally:
                 os.close(fd)
+
+    def hold_suspend(self, on: bool) -> None:
+        """Have the kernel refuse a suspend while programs have grants mapped by themselves, or no longer."""
+        if on != self._held:
+            self._control.hold(on)
+            self._held = on
 
     def look(self) -> None:
         """See what was let go without us: those files are given back, and asked for again later."""
