@@ -1070,6 +1070,7 @@ class Guest:
             instance=self.instance,
             drop=world.plan.drop,
             room_retry=5.0,  # to be done with in the time that rest() takes
+            lease_timeout=10.0,  # longer than any answer is under way here
             max_attached_files=world.rng.choice((2, 100, 100)),
         )
         self.agent = Agent(settings, world.rng.random)

@@ -263,6 +263,7 @@ class Domain:
             "drop_interval": "100 ms",
             "reconnect_max": "1 s",
             "events_interval": "500 ms",
+            "lease_timeout": "10 s",  # who is slow on a busy machine is not hung
         } | keys
         self.config.write_text("[agent]\n" + toml(values))
 
