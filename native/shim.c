@@ -46,7 +46,7 @@ enum {
 	WAKE_SIGNAL = 33, /* glibc's own (SIGSETXID), which it sends to its own threads only */
 	STACK_BYTES = 65536,
 	MS_SETTLE = 50, /* from a new mapping to the look at it */
-	MS_CHILD = 100, /* a forked child may be about to exec */
+	MS_START = 300, /* programs that end sooner cost the agent nothing, and themselves next to nothing */
 	MS_LATE = 1000, /* how long a library must have been there */
 	MS_RETRY_FIRST = 200,
 	MS_RETRY_MOST = 5000,
@@ -122,10 +122,9 @@ static _Atomic uint32_t lock_word; /* 0 free, 1 taken, 2 taken and waited for */
 static _Atomic bool watching;
 static _Atomic uint32_t thread_tid; /* cleared by the kernel when the thread is gone */
 static _Atomic bool stopping;
-static _Atomic bool dirty;   /* something was mapped since the last look */
-static _Atomic bool emptied; /* regions went away: a file may have none left */
-static int32_t process;      /* whose thread it is */
-static bool is_child;
+static _Atomic bool dirty;                   /* something was mapped since the last look */
+static _Atomic bool emptied;                 /* regions went away: a file may have none left */
+static int32_t process;                      /* whose thread it is */
 static _Atomic(_Atomic uint32_t *) children; /* a page that children share: numbers of forks that are not done */
 static uint32_t forks;
 static struct sa_held fork_held;
@@ -1498,7 +1497,7 @@ static void thread_main(void)
 	max_pieces = max_map_count() / 4;
 	for (size_t i = 0; i < MAX_SEGMENTS; i++)
 		segments[i] = (struct segment){.number = 0, .fd = -1};
-	for (go = pause_ms(is_child ? MS_CHILD : MS_SETTLE); go; go = go && pause_ms(pause)) {
+	for (go = pause_ms(MS_START); go; go = go && pause_ms(pause)) {
 		const int64_t begun = now_ms();
 
 		if (connect_agent()) {
@@ -1643,7 +1642,6 @@ void sa_shim_after_fork_child(void)
 		atomic_store(&children, NULL);
 	}
 	atomic_store(&thread_tid, 0);
-	is_child = true;
 	closings = 0;
 	stops = 0;
 	if (sa_shim_watches() && !retired)
