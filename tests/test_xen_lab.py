@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.xen.stages import complaints
+from tests.xen.kernel_log import complaints
 
 HARMLESS = """\
 [  214.815063] ------------[ cut here ]------------

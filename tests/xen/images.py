@@ -115,12 +115,16 @@ def build(say: Say) -> Images:
 def install_missing(say: Say) -> None:
     """Install Debian packages that the lab needs and this host lacks."""
     missing = [package for package, file in HOST_PACKAGES.items() if not Path(file).exists()]
-    if not missing:
-        return
-    say(f"installing from Debian: {' '.join(missing)}")
+    if missing:
+        install(missing, say)
+
+
+def install(packages: Sequence[str], say: Say) -> None:
+    """Install Debian packages on this host."""
+    say(f"installing from Debian: {' '.join(packages)}")
     update_lists(say)
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    _call(["apt-get", "install", "-y", "--no-install-recommends", *missing], environment=environment)
+    _call(["apt-get", "install", "-y", "--no-install-recommends", *packages], environment=environment)
 
 
 def update_lists(say: Say) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import subprocess
 import tempfile
 import time
@@ -25,6 +24,7 @@ from tests.lines import faults as line_faults
 from .channel import ChannelError, Machine
 from .host import BROKER_CONFIG, BROKER_LOG, POOL, Agent, Broker, Program, Talker, in_parallel, install
 from .images import HERE, ROOT
+from .kernel_log import complaints
 from .link_run import LinkRun, build_peer
 from .run import Run, stage
 
@@ -765,27 +765,3 @@ def silence(run: Run) -> None:
         for text in known:
             run.say(f"  {machine.name}, known and harmless: {text.splitlines()[0]}")
         assert not bad, f"{machine.name}: " + "\n".join(bad)
-
-
-COMPLAINT: Final = re.compile(r"BUG:|WARNING:|Oops|Call Trace|general protection|Out of memory")
-KNOWN: Final = re.compile(r"WARNING: .* at include/linux/mm_inline\.h:\d+ unmap_page_range")
-"""Linux 6.1 in a PV guest, with or without sharearea: pte_install_uffd_wp_if_needed() looks whether an entry that was
-cleared a moment ago is empty, and in a PV guest clearing one that was not present is still in the queue of calls to Xen
-then (mm/memory.c, zap_pte_range: lazy MMU mode). Nothing comes of it."""
-
-
-def complaints(log: str) -> tuple[list[str], list[str]]:
-    """Return what a kernel's log complains of: what is known to be harmless, and the rest."""
-    found: list[list[str]] = []
-    inside = False
-    for line in log.splitlines():
-        if "[ cut here ]" in line:
-            inside = True
-            found.append([])
-        elif inside:
-            found[-1].append(line)
-            inside = "[ end trace" not in line
-        elif COMPLAINT.search(line):
-            found.append([line])
-    texts = ["\n".join(lines) for lines in found if lines]
-    return [text for text in texts if KNOWN.search(text)], [text for text in texts if not KNOWN.search(text)]

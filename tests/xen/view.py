@@ -20,7 +20,8 @@ from typing import Any, Final
 
 from . import host
 from .channel import ChannelError, CommandFailed, Machine
-from .images import CACHE, HERE, ROOT, ImageError
+from .images import CACHE, HERE, ROOT, ImageError, Say, install
+from .kernel_log import complaints
 from .lab import FOLDER
 from .run import Run, Stage, perform
 
@@ -33,7 +34,6 @@ FIRST: Final = {"h1": 8, "v1": 5000}
 PAGES, TAIL, SEED = 512, 1234, 7  # view_probe.py has the same
 BIG_PAGES, BIG_SEED = 4096, 8
 LIMIT_S: Final = 1500.0
-BAD_LINES: Final = r"BUG|WARNING|Oops|Bad page|Call Trace|general protection|hung task|rcu.*stall|shareview: .*lost"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,12 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-def build_module() -> Path:
+def build_module(say: Say) -> Path:
     """Build the module for the kernel that the lab's guests run; return it, without symbols for debuggers."""
-    (modules,) = {path.name for path in CACHE.glob("boot-*/lib/modules/*")}
-    headers = Path("/lib/modules") / modules / "build"
+    # Of several in the cache the one that was made last is the one that boots.
+    version = max(CACHE.glob("boot-*/lib/modules/*"), key=lambda path: path.parents[2].stat().st_mtime).name
+    headers = Path("/lib/modules") / version / "build"
     if not (headers / "Makefile").exists():
-        raise ImageError(f"no headers for the guests' kernel: apt-get install linux-headers-{modules}")
+        install([f"linux-headers-{version}"], say)
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     for path in KMOD.iterdir():
@@ -158,15 +159,15 @@ def _probe(run: Run, name: str, verb: str, *more: str, limit: float = 300) -> di
 
 
 def _log_is_clean(machine: Machine) -> None:
-    bad = machine.try_run(f"dmesg | grep -E -A30 '{BAD_LINES}'").out
-    assert not bad, f"{machine.name}: the kernel's log has {bad[:3000]}"
+    _, bad = complaints(machine.run("dmesg"))
+    assert not bad, f"{machine.name}: the kernel's log has " + "\n".join(bad)[:3000]
 
 
 # ------------------------------------------------------------------------------------------------------------ stages
 
 
 def _module(run: Run) -> None:
-    module = build_module()
+    module = build_module(run.say)
     host.install(run.lab.dom0, "sharearea")
     for name, kind in GUESTS.items():
         run.lab.create(name, kind)
