@@ -1370,12 +1370,12 @@ static bool take_frames(void)
 	return true;
 }
 
-/* How large the address space is: a cheap look whether a library has come. */
-static uint64_t address_space(void)
+/* The number that a file of /proc begins with; 0 if it cannot be read. */
+static uint64_t first_number(const char *path)
 {
 	char text[32];
-	int fd = open_read("/proc/self/statm");
-	uint64_t pages = 0;
+	int fd = open_read(path);
+	uint64_t number = 0;
 	long n;
 
 	if (fd < 0)
@@ -1383,8 +1383,14 @@ static uint64_t address_space(void)
 	n = read_some(fd, text, sizeof text);
 	close_fd(&fd);
 	for (long i = 0; i < n && text[i] >= '0' && text[i] <= '9'; i++)
-		pages = pages * 10 + (uint64_t)(text[i] - '0');
-	return pages;
+		number = number * 10 + (uint64_t)(text[i] - '0');
+	return number;
+}
+
+/* How large the address space is, in pages: a cheap look whether a library has come. */
+static uint64_t address_space(void)
+{
+	return first_number("/proc/self/statm");
 }
 
 /* Until the connection ends, or the thread is to. */
@@ -1463,22 +1469,6 @@ static bool connect_agent(void)
 	return true;
 }
 
-static uint64_t max_map_count(void)
-{
-	char text[32];
-	int fd = open_read("/proc/sys/vm/max_map_count");
-	uint64_t count = 0;
-	long n;
-
-	if (fd < 0)
-		return 0;
-	n = read_some(fd, text, sizeof text);
-	close_fd(&fd);
-	for (long i = 0; i < n && text[i] >= '0' && text[i] <= '9'; i++)
-		count = count * 10 + (uint64_t)(text[i] - '0');
-	return count;
-}
-
 static void thread_main(void)
 {
 	const uint64_t wake = 1ULL << (WAKE_SIGNAL - 1);
@@ -1494,7 +1484,7 @@ static void thread_main(void)
 	signal_fd = (int)sa_call(__NR_signalfd4, -1, at(&wake), SIGNAL_BYTES, O_NONBLOCK | O_CLOEXEC, 0, 0);
 	if (signal_fd < 0)
 		return;
-	max_pieces = max_map_count() / 4;
+	max_pieces = first_number("/proc/sys/vm/max_map_count") / 4;
 	for (size_t i = 0; i < MAX_SEGMENTS; i++)
 		segments[i] = (struct segment){.number = 0, .fd = -1};
 	for (go = pause_ms(MS_START); go; go = go && pause_ms(pause)) {

@@ -154,7 +154,7 @@ EXPLANATIONS: Final[dict[str, Explanation]] = {
         (
             "no-shim",
             "the program does not know of shared pages, and its guest is one of Xen",
-            "nothing: there the guest view does this job (docs/xen.md); sharearea-agent exec is for `local`",
+            "nothing: there the guest view does this job (docs/view.md); sharearea-agent exec is for `local`",
         ),
         ("no-grant-device", "the guest has no /dev/xen/gntdev", "modprobe xen-gntdev in the guest"),
         ("denied", "the broker gave no grants for the file", "look at files.refused, stage grant, in the broker's log"),

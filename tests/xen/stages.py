@@ -466,8 +466,7 @@ def refusals(run: Run) -> None:
     it = world(run)
     before = it.census()
     owned: dict[str, list[int]] = {name: before["refs"][str(run.lab.domid(name))] for name in GUESTS}
-    for name in ("g1", "g3"):  # one of each kind
-        refs = owned[name]
+    for name, refs in owned.items():
         others = [reference for other in GUESTS if other != name for reference in owned[other][:4]]
         guest = run.lab.guest(name)
         with contextlib.closing(Holder(guest, before["domid"])) as holder:
