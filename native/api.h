@@ -148,6 +148,9 @@ int sa_lease_watch_open(int *ret_fd);
  * writing. -EACCES: not the owner of the file and no CAP_LEASE. Giving back a lease that is gone is no error. */
 int sa_lease_take(int fd);
 int sa_lease_release(int fd);
+/* 1 if nobody has the file open for writing at this instant, mapped writable included, by taking a read lease and giving
+ * it back; 0 if somebody has, or no lease may be taken. fd as for sa_lease_take, without a lease. */
+int sa_file_is_quiet(int fd, int *ret_quiet);
 /* 1 while the lease is whole, 0 when it is being broken or gone. */
 int sa_lease_held(int fd, int *ret_held);
 /* Read what has been reported: descriptors whose lease is being broken, max at the most, without blocking; *ret_n 0

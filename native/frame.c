@@ -14,11 +14,11 @@
 struct format {
 	uint32_t type;
 	int with_fd;
-	char fields[8];
+	char fields[8]; /* seven at the most */
 };
 
 static const struct format formats[] = {
-	{SA_SHARE_SEGMENT, 1, "n"}, {SA_SHARE, 1, "nnrf"},     {SA_UNSHARE, 0, "nn"},         {SA_PLAIN, 0, "nt"},
+	{SA_SHARE_SEGMENT, 1, "n"}, {SA_SHARE, 1, "nnrfnrf"},  {SA_UNSHARE, 0, "nn"},         {SA_PLAIN, 0, "nt"},
 	{SA_SEGMENTS_GONE, 0, "f"}, {SA_GRANT_DEVICE, 1, "n"}, {SA_SHARE_GRANTS, 1, "nnnnr"},
 };
 
@@ -151,7 +151,8 @@ int sa_frame_read(const uint8_t *payload, size_t length, struct sa_frame *ret)
 		if (!take_field(&reader, *kind, &numbers, &columns, ret))
 			return -EPROTO;
 	}
-	if (reader.left != 0 || (type == SA_SHARE && ret->entries[0] != ret->entries[1]))
+	if (reader.left != 0 ||
+	    (type == SA_SHARE && (ret->entries[0] != ret->entries[1] || ret->entries[2] != ret->entries[3])))
 		return -EPROTO;
 	return 0;
 }

@@ -37,8 +37,8 @@ struct sa_frame {
 	uint32_t type;
 	int with_fd;              /* a descriptor travels with it */
 	uint32_t number[4];       /* its unsigned fields, in their order */
-	const uint8_t *column[2]; /* its columns, in their order */
-	uint32_t entries[2];      /* how many entries these have */
+	const uint8_t *column[4]; /* its columns, in their order */
+	uint32_t entries[4];      /* how many entries these have */
 };
 
 /* Read a payload. -EPROTO: it is not what the protocol allows. */

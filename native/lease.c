@@ -78,6 +78,18 @@ int sa_lease_held(int fd, int *ret_held)
 	return type < 0 ? -errno : 0;
 }
 
+int sa_file_is_quiet(int fd, int *ret_quiet)
+{
+	*ret_quiet = 0;
+	/* A writer may come in between: what he sets off must end nobody. SIGURG is ignored unless somebody wants it. */
+	if (fcntl(fd, F_SETSIG, SIGURG) < 0)
+		return -errno;
+	if (fcntl(fd, F_SETLEASE, F_RDLCK) < 0)
+		return 0;
+	*ret_quiet = 1;
+	return sa_lease_release(fd);
+}
+
 /* A report that the kernel sent for a descriptor. Anything else under our signal number was sent by a process. */
 static bool is_report(const struct signalfd_siginfo *info)
 {

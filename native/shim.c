@@ -1038,6 +1038,9 @@ static void segment_drop(struct segment *segment)
 	*segment = (struct segment){.number = 0, .fd = -1};
 }
 
+/* Where in a Share the two kinds of runs are; the column behind each has their segments. */
+enum { RUNS_TO_MAP = 0, RUNS_TO_COMPARE = 2 };
+
 /* The part of a run that lies in a region: where, which slot of which segment, how many pages. */
 struct piece {
 	uint64_t page; /* of the file */
@@ -1046,16 +1049,18 @@ struct piece {
 	const struct segment *segment;
 };
 
-static bool piece_of(const struct sa_frame *share, uint32_t index, const struct region *region, struct piece *ret)
+/* kind: RUNS_TO_MAP or RUNS_TO_COMPARE. */
+static bool piece_of(const struct sa_frame *share, int kind, uint32_t index, const struct region *region,
+                     struct piece *ret)
 {
-	const uint64_t page = sa_frame_u32(share->column[0], (size_t)index * 3);
-	const uint64_t slot = sa_frame_u32(share->column[0], (size_t)index * 3 + 1);
-	const uint64_t count = sa_frame_u32(share->column[0], (size_t)index * 3 + 2);
+	const uint64_t page = sa_frame_u32(share->column[kind], (size_t)index * 3);
+	const uint64_t slot = sa_frame_u32(share->column[kind], (size_t)index * 3 + 1);
+	const uint64_t count = sa_frame_u32(share->column[kind], (size_t)index * 3 + 2);
 	const uint64_t first = region->first;
 	const uint64_t end = first + region->length / PAGE;
 	const uint64_t from = page > first ? page : first;
 	const uint64_t to = page + count < end ? page + count : end;
-	const uint32_t number = sa_frame_u32(share->column[1], index);
+	const uint32_t number = sa_frame_u32(share->column[kind + 1], index);
 
 	if (from >= to || number == 0)
 		return false;
@@ -1168,7 +1173,7 @@ static int region_swap(struct region *region, const struct sa_frame *share)
 		struct piece piece;
 		long placed;
 
-		if (!piece_of(share, i, region, &piece))
+		if (!piece_of(share, RUNS_TO_MAP, i, region, &piece))
 			continue;
 		placed = sa_call(__NR_mmap, (long)(region->start + (piece.page - region->first) * PAGE),
 		                 (long)(piece.count * PAGE), region->protection, MAP_PRIVATE | MAP_FIXED,
@@ -1189,22 +1194,23 @@ static int region_swap(struct region *region, const struct sa_frame *share)
 static uint32_t share_file(const struct file *file, const struct sa_frame *share, uint64_t *ret_pages)
 {
 	int pagemap;
-	size_t nwanted = 0;
 	uint32_t outcome = SA_MAPPED_DONE;
+	/* What nobody has read and the agent has proof of is not read here either (docs/cold-start.md). */
+	const int kind = share->number[2] ? RUNS_TO_MAP : RUNS_TO_COMPARE;
+	const size_t nwanted = share->entries[RUNS_TO_MAP];
 
 	*ret_pages = 0;
 	/* Which regions there are may change while it is compared. So every run is compared with the whole file. */
-	for (uint32_t i = 0; i < share->entries[1]; i++) {
+	for (uint32_t i = 0; i < share->entries[kind]; i++) {
 		const struct region whole = {.first = 0, .length = (size_t)1 << 45};
 		struct piece piece;
 
-		if (!piece_of(share, i, &whole, &piece))
+		if (!piece_of(share, kind, i, &whole, &piece))
 			return SA_MAPPED_NO_ROOM;
 		if (!piece_is_equal(file, &piece))
 			return SA_MAPPED_DIFFERENT;
 		if (atomic_load(&stopping))
 			return SA_MAPPED_NO_ROOM;
-		nwanted++;
 	}
 	if (call3(__NR_fcntl, file->lease, F_GETLEASE, 0) != F_RDLCK)
 		return SA_MAPPED_NO_ROOM; /* a writer waits already: Unshare is on its way */
@@ -1224,7 +1230,7 @@ static uint32_t share_file(const struct file *file, const struct sa_frame *share
 		if (!may_swap(region, file))
 			continue;
 		for (uint32_t k = 0; k < share->entries[1] && !wanted; k++)
-			wanted = piece_of(share, k, region, &piece);
+			wanted = piece_of(share, RUNS_TO_MAP, k, region, &piece);
 		if (!wanted)
 			continue;
 		if (pieces_used + nwanted > max_pieces) {

@@ -33,7 +33,7 @@ from .grants import (
     slot_stretches,
     spread,
 )
-from .index import Content, Owner, PoolIndex
+from .index import Content, HeldFile, Owner, PoolIndex
 from .model import (
     Action,
     Change,
@@ -678,7 +678,12 @@ class Engine:
             array("I", message.ids), array("Q", message.sizes), array("I", message.counts), message.paths, strict=True
         )
         for at, (file, size, count, path) in enumerate(columns):
-            if file in holdings.files or file in peer.reports or file in peer.waiting or file in peer.deferred:
+            held = holdings.files.get(file)
+            if held is not None and not held.resident and count and self._same(held, size, count, message, at):
+                claimed.append(pool.index.promote(peer.domain, file))
+                answered.append((file, self._taken_up(pool)))
+                continue
+            if held is not None or file in peer.reports or file in peer.waiting or file in peer.deferred:
                 raise ProtocolError(f"file {file} is reported already; it must be Gone first")
             verdict, _ = self.policy.judge(pool.name, path, size)
             if verdict is None:
@@ -690,7 +695,8 @@ class Engine:
             whole = -(-size // _PAGE)
             if root == wire.NO_ROOT:
                 root = None
-            if not 0 < count <= whole or (root is not None and count != whole):
+            unread = root is not None and count == 0
+            if not unread and (not 0 < count <= whole or (root is not None and count != whole)):
                 raise ProtocolError(f"file {file}: {count} pages do not make a file of {size} bytes")
             classes = message.classes[at * _CLASSES : (at + 1) * _CLASSES]
             if classes != wire.NO_CLASSES and not _within(classes, whole):
@@ -698,16 +704,25 @@ class Engine:
             if root is not None:
                 content = pool.index.find(root)
                 if content is not None and content.size == size:
-                    pool.index.claim(peer.domain, file, path, content)
+                    pool.index.claim(peer.domain, file, path, content, resident=not unread)
                     claimed.append(content)
                     answered.append((file, self._taken_up(pool)))
                     continue
+            if unread:
+                answered.append((file, Verdict.NOT_RESIDENT))
+                continue
             report = _Report(path, size, root, count, self._now, classes)
             self._expect(peer, pool, file, report, answered)
         self._answer(peer, answered)
         for content in claimed:
             self._consider(pool, content)
             self._offer(pool, content, only=peer)
+
+    @staticmethod
+    def _same(held: HeldFile, size: int, count: int, message: wire.Roots, at: int) -> bool:
+        """Return whether a file is reported as what it was reported as when nothing of it was resident."""
+        content = held.content
+        return (size, count, message.roots[at * _FP : at * _FP + _FP]) == (held.size, content.page_count, content.root)
 
     def _quota(self, peer: _Peer, pool: _Pool, size: int) -> Verdict | None:
         holdings = pool.index.domains[peer.domain]
@@ -1136,15 +1151,15 @@ class Engine:
             self._offer(pool, content)
 
     def _offer(self, pool: _Pool, content: Content, only: _Peer | None = None) -> None:
-        """Tell the holders of a content how many of its pages are in the area, unless more are on their way."""
-        if content.publishing or not content.holders:
+        """Tell who has reported a content how many of its pages are in the area, unless more are on their way."""
+        if content.publishing or not content.reported:
             return
         available = pool.index.count_available(content)
         if not available:
             return
         if only is None:
             content.offered = available
-        for domain, files in content.holders.items():
+        for domain, files in (*content.holders.items(), *content.unread.items()):
             peer = pool.peers.get(domain)
             if peer is not None and (only is None or peer is only):
                 offers = self._offers.setdefault(peer.id, {})
@@ -1551,7 +1566,7 @@ class Engine:
             pool.offers.extend(pool.index.all_contents())
         for _ in range(min(_SWEEP, len(pool.offers))):
             content = pool.offers.popleft()
-            if content.holders and pool.index.count_available(content) > content.offered:
+            if content.reported and pool.index.count_available(content) > content.offered:
                 self._offer(pool, content)
 
     # --------------------------------------------------------------------------------------------------- segments

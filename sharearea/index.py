@@ -51,10 +51,18 @@ class Content:
     text_pages: int = 0  # of the reported ones
     rodata_pages: int = 0
     holders: dict[DomainId, set[FileId]] = field(default_factory=dict)
+    unread: dict[DomainId, set[FileId]] = field(
+        default_factory=dict
+    )  # files that their domain has nothing of in memory
     available: int = 0  # pages in slots when last counted
     counted_at: int = -1  # PoolIndex.changed at that time
     offered: int = 0  # pages available when all holders were last told
     publishing: int = 0  # fetches under way
+
+    @property
+    def reported(self) -> bool:
+        """Return whether a file of some domain is known to have this content, in memory or not."""
+        return bool(self.holders or self.unread)
 
     @property
     def page_count(self) -> int:
@@ -70,11 +78,12 @@ class Content:
 
 @dataclass(slots=True, eq=False)
 class HeldFile:
-    """A file of a domain and the content it was reported with."""
+    """A file of a domain and the content it was reported with; `resident`: the domain has pages of it in memory."""
 
     path: bytes
     size: int
     content: Content
+    resident: bool = True
 
 
 @dataclass(slots=True, eq=False)
@@ -89,9 +98,12 @@ class Holdings:
     text_pages: int = 0
     rodata_pages: int = 0
 
-    def count(self, content: Content, by: int) -> None:
-        """Count a file with this content in (1) or out (-1)."""
+    def count(self, file: HeldFile, by: int) -> None:
+        """Count a file in (1) or out (-1). Of one that is not in memory only the size counts, for the quota."""
+        content = file.content
         self.size_bytes += by * content.size
+        if not file.resident:
+            return
         self.pages += by * content.page_count
         self.nonzero_pages += by * content.nonzero_pages
         self.text_pages += by * content.text_pages
@@ -211,21 +223,44 @@ class PoolIndex:
             self.contents[root] = content
         return content
 
-    def claim(self, domain: DomainId, file: FileId, path: bytes, content: Content) -> None:
-        """Record that a file of the domain has this content. The file must not be held already."""
+    def claim(self, domain: DomainId, file: FileId, path: bytes, content: Content, *, resident: bool = True) -> None:
+        """Record that a file of the domain has this content. The file must not be held already.
+
+        One that is not `resident` gets offers and grants as any other, and is no copy: it makes its domain no holder.
+        """
         holdings = self.domains[domain]
         if file in holdings.files:
             raise ValueError(f"file {file} is held already")
-        holdings.files[file] = HeldFile(path, content.size, content)
-        holdings.count(content, 1)
+        held = holdings.files[file] = HeldFile(path, content.size, content, resident)
+        holdings.count(held, 1)
         owner = self.owners.get((domain, file))
         if owner is not None and owner.classified is None:  # of an earlier broker
             self._remove_owner(domain, file)
             self._add_owner(domain, file, replace(owner, classified=class_pages(owner.runs, content.classes)))
+        if resident:
+            self._hold(domain, file, content)
+        else:
+            content.unread.setdefault(domain, set()).add(file)
+
+    def promote(self, domain: DomainId, file: FileId) -> Content:
+        """Take note that a domain has a file in memory now that was not resident when it was reported."""
+        holdings = self.domains[domain]
+        held = holdings.files[file]
+        content = held.content
+        content.unread[domain].discard(file)
+        if not content.unread[domain]:
+            del content.unread[domain]
+        holdings.count(held, -1)
+        held.resident = True
+        holdings.count(held, 1)
+        self._hold(domain, file, content)
+        return content
+
+    def _hold(self, domain: DomainId, file: FileId, content: Content) -> None:
         files = content.holders.get(domain)
         if files is None:
             content.holders[domain] = {file}
-            self.table.mark(content.ids, holdings.number)
+            self.table.mark(content.ids, self.domains[domain].number)
         else:
             files.add(file)
 
@@ -242,13 +277,15 @@ class PoolIndex:
             if held is None:
                 continue
             content = held.content
-            holdings.count(content, -1)
-            content.holders[domain].discard(file)
-            if content.holders[domain]:
+            holdings.count(held, -1)
+            having = content.holders if held.resident else content.unread
+            having[domain].discard(file)
+            if having[domain]:
                 continue
-            del content.holders[domain]
-            self.table.unmark(content.ids, holdings.number)
-            if not content.holders:
+            del having[domain]
+            if held.resident:
+                self.table.unmark(content.ids, holdings.number)
+            if not content.reported:
                 if content.root is None:
                     del self.partial[content]
                 else:

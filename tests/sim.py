@@ -47,7 +47,7 @@ import traceback
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -103,6 +103,7 @@ from sharearea.policy import Admission, DomainRule, Policy, PoolRules, Refusal
 from sharearea.store import Store
 from sharearea_agent import agent as ag
 from sharearea_agent import consumer_wire as cw
+from sharearea_agent import mapper as mapper_module
 from sharearea_agent.agent import Agent, FileIdentity, FileKey, Observation, Stage
 from sharearea_agent.common import wire as agent_wire
 
@@ -988,12 +989,15 @@ class Consumer:
                 if page >= view.pages or mapping.page != content_of(view.inode.symbols[page]):
                     outcome = cw.MAPPED_DIFFERENT
         else:
+            compared = set(pages_of(share.runs if share.all else share.compare))
             for (page, slot, count), number in zip(triples(share.runs), ints(share.segments), strict=True):
                 segment = self.segments.get(number)
                 check(segment is not None, "I1", "handles of a segment that was not sent")
                 assert segment is not None
                 for i in range(count):
-                    if page + i >= view.pages or segment.slots[slot + i] != content_of(view.inode.symbols[page + i]):
+                    if page + i >= view.pages or (
+                        page + i in compared and segment.slots[slot + i] != content_of(view.inode.symbols[page + i])
+                    ):
                         outcome = cw.MAPPED_DIFFERENT
                     shared[page + i] = (segment, slot + i)
         if outcome == cw.MAPPED_DONE:
@@ -1032,7 +1036,8 @@ class Guest:
         self.link: Link | None = None
         self.events: deque[ag.Event] = deque()
         self.cache: dict[tuple[FileKey, FileIdentity], dict[int, bytes]] = {}
-        self.epoch = b""
+        self.proven: set[tuple[FileKey, FileIdentity]] = set()  # whole, and nobody could have written it unnoticed
+        self.epoch = self.cache_epoch = b""
         self.key = b""
         self.limits = (1, 1 << 40)
         self.segments: dict[int, tuple[int, Segment]] = {}  # number in the area -> (number for consumers, segment)
@@ -1098,7 +1103,7 @@ class Guest:
         self.open_files.clear()
         self.segments.clear()
         self.wanted.clear()
-        self.cache.clear()
+        self.cache = {known: entry for known, entry in self.cache.items() if known in self.proven}  # the disk has them
         self.epoch = b""
         self.kernel.items.clear()
         self.worker.items.clear()
@@ -1200,9 +1205,14 @@ class Guest:
         for page in pages:
             if page not in entry:
                 entry[page] = fingerprint(self.key, content_of(inode.symbols[page]))
-        root = None
-        if len(pages) == len(inode.symbols):
-            root = file_root(inode.size, b"".join(entry[page] for page in pages))
+        known = (inode.key, inode.identity)
+        whole = len(pages) == len(inode.symbols)
+        if whole and not inode.racy and inode.writing is None and self.world.chance(0.7):
+            self.proven.add(known)
+        resident = bool(pages)
+        if known in self.proven:
+            whole, pages = True, list(range(len(inode.symbols)))
+        root = file_root(inode.size, b"".join(entry[page] for page in pages)) if whole else None
         zero = fingerprint(self.key, content_of(0))
         seen = Observation(
             path,
@@ -1212,6 +1222,8 @@ class Guest:
             None if root is not None else u32s(pages),
             len(pages),
             sum(entry[page] == zero for page in pages),
+            proven=known in self.proven,
+            resident=resident,
         )
         return ag.Observed((seen,))
 
@@ -1326,7 +1338,10 @@ class Guest:
                 self.limits = (action.min_file_bytes, action.max_file_bytes)
                 if action.epoch != self.epoch:
                     self.epoch, self.key = action.epoch, action.key
-                    self.cache.clear()
+                    if action.epoch != self.cache_epoch:
+                        self.cache_epoch = action.epoch
+                        self.cache.clear()
+                        self.proven.clear()
                     self.scan()
             case ag.Rescan():
                 self.look(action.path)
@@ -1349,6 +1364,8 @@ class Guest:
                 entry = self.cache.get((action.key, action.old))
                 if entry is not None:
                     self.cache[action.key, action.new] = dict(entry)
+                    if (action.key, action.old) in self.proven:
+                        self.proven.add((action.key, action.new))
             case ag.ForgetSegments():
                 self._forget(action.segments)
             case ag.Log():
@@ -1419,7 +1436,7 @@ class Guest:
             return
         if self.world.plan.xen:
             numbers = array("I", bytes(4 * (len(action.runs) // 12)))
-            share = cw.Share(action.handle, action.generation, action.runs, numbers.tobytes())
+            share = cw.Share(action.handle, action.generation, action.runs, numbers.tobytes(), 1, b"", b"")
             self._to_consumer(action.consumer, share, self.grantor)
             return
         per_segment = self.world.plan.slots_per_segment
@@ -1434,8 +1451,15 @@ class Guest:
                 self._to_consumer(action.consumer, cw.ShareSegment(known[0]), known[1])
             runs.extend((page, slot % per_segment, count))
             numbers.append(known[0])
+        some = (1, b"", b"")
+        for inode, uses in self.open_files.values():
+            if action.proven and (action.consumer, action.handle) in uses:
+                ranges = array("I", [number for page in sorted(inode.resident) for number in (page, 1)])
+                compare = mapper_module._meeting(array("I", action.runs), ranges)
+                some = (0, compare.tobytes(), bytes(len(compare) // 3 * 4))
+                self.events.append(ag.Compared(inode.key, action.generation, sum(compare[2::3])))
         self._to_consumer(
-            action.consumer, cw.Share(action.handle, action.generation, runs.tobytes(), numbers.tobytes())
+            action.consumer, cw.Share(action.handle, action.generation, runs.tobytes(), numbers.tobytes(), *some)
         )
 
     def _cut_off(self, number: int) -> None:
@@ -1512,7 +1536,9 @@ class Guest:
         def begin() -> None:
             world.check_write(self, inode)
             middle = list(inode.symbols)
-            inode.racy = inode.racy or world.chance(world.plan.racy)
+            # What is proven was read while nobody could write: whoever comes later leaves a trace.
+            could = (inode.key, inode.identity) not in self.proven
+            inode.racy = inode.racy or (could and world.chance(world.plan.racy))
             if not inode.racy:
                 world.stamp += 1
                 inode.stamp = world.stamp
@@ -1669,7 +1695,7 @@ class Liar:
             case 6:
                 self._send(agent_wire.Hello(1, "1", self.name, bytes(16), b""))
             case _:
-                self._send(agent_wire.AgentStats(*[rng.randrange(10_001) for _ in range(10)]))
+                self._send(agent_wire.AgentStats(*[rng.randrange(10_001) for _ in range(11)]))
 
     def _roots(self) -> None:
         world, rng = self.world, self.world.rng
@@ -2404,7 +2430,12 @@ class World:
             inode.resident = set(range(len(inode.symbols)))
             guest.look(path)
         elif choice == 20:
-            inode.resident = {page for page in inode.resident if self.chance(0.5)}
+            keep = rng.choice((0.5, 0.0))
+            inode.resident = {page for page in inode.resident if self.chance(keep)}
+            if self.faults and self.chance(0.3):  # it starts cold: another agent, and nothing in memory
+                guest.kill()
+                for each in guest.fs.values():
+                    each.resident = set()
             guest.look(path)
         else:
             self._consume_end(guest)
@@ -3255,6 +3286,26 @@ def _does_not(owner: type, attribute: str, result: object = None) -> Callable[[]
     return lambda: [(owner, attribute, lambda *_args, **_more: result)]
 
 
+def _proves_everything() -> list[Patch]:
+    share = Agent._share
+
+    def mutant(self: Agent, file: Any, use: Any) -> None:
+        if file.version is not None:
+            file.version = replace(file.version, proven=True)
+        share(self, file, use)
+
+    return [(Agent, "_share", mutant)]
+
+
+def _counts_unread_files_as_copies() -> list[Patch]:
+    claim = PoolIndex.claim
+
+    def mutant(self: PoolIndex, *args: Any, resident: bool = True) -> None:  # noqa: ARG001
+        claim(self, *args)
+
+    return [(PoolIndex, "claim", mutant)]
+
+
 MUTANTS: Final[dict[str, Callable[[], list[Patch]]]] = {
     "grant-before-commit": _grants_before_the_owner_is_saved,
     "commits-out-of-order": _commits_out_of_order,
@@ -3285,6 +3336,9 @@ MUTANTS: Final[dict[str, Callable[[], list[Patch]]]] = {
     "withdraw-on-detach-forgotten": _does_not(Engine, "_withdraw"),
     "close-before-commit": _closes_segments_before_the_commit,
     "turns-forgotten": _forgets_whose_turn_it_is,
+    "proof-of-nothing": _proves_everything,
+    "unread-is-a-copy": _counts_unread_files_as_copies,
+    "read-later-forgotten": _does_not(Engine, "_same", False),
     # Of the xen backend alone.
     "mapped-is-free": _calls_what_is_mapped_free,
     "pinned-not-counted": _counts_no_pinned_reference,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import sqlite3
 import stat
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from sharearea_agent.cache import (
     GRANULARITY_NS,
     CacheEntry,
     FingerprintCache,
+    boot_id,
     coarse_clock_ns,
     trusted_from_ns,
 )
@@ -77,6 +80,104 @@ def cache(path: Path) -> Iterator[FingerprintCache]:
     """Give an empty cache."""
     with opened(path) as made:
         yield made
+
+
+def at_home(path: Path, number: int) -> FileKey:
+    """Name an inode of the file system that the cache is on."""
+    return FileKey(path.parent.stat().st_dev, number)
+
+
+def quiet(pages: int) -> CacheEntry:
+    return CacheEntry(ROOT, None, pages, 0, quiet=True)
+
+
+def edit_about(path: Path, sql: str, *values: object) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute(sql, values)
+    db.close()
+
+
+def test_what_is_proven(path: Path) -> None:
+    """A whole file, old enough, that nobody could write while it was read, on the cache's own file system."""
+    with opened(path) as cache:
+        mine = at_home(path, 1)
+        cases = [
+            (mine, identity(3), quiet(3), True),
+            (at_home(path, 2), identity(3), whole(3), False),
+            (at_home(path, 3), identity(3, NOW), quiet(3), False),
+            (key(4), identity(3), quiet(3), False),
+            (at_home(path, 5), identity(9), replace(partial((1, 3)), quiet=True), False),
+        ]
+        for where, who, entry, proven in cases:
+            cache.put(where, who, entry, column(3), NOW)
+            found = cache.get(where, who)
+            assert found is not None
+            assert found.proven == proven, where
+        # Under a lease the identity may change and the bytes cannot.
+        assert cache.renew(mine, identity(3), identity(3, OLD + 1))
+        renewed = cache.get(mine, identity(3, OLD + 1))
+        assert renewed is not None
+        assert renewed.proven
+    with opened(path) as cache:
+        again = cache.get(mine, identity(3, OLD + 1))
+        assert again is not None
+        assert again.proven
+
+
+def test_a_cache_knows_its_file_system_again_under_another_number(path: Path) -> None:
+    """As a copy of the whole disk has it."""
+    with opened(path) as cache:
+        cache.put(at_home(path, 1), identity(3), quiet(3), column(3), NOW)
+        cache.put(key(1), identity(4), quiet(4), column(4), NOW)
+    with sqlite3.connect(path) as db:
+        assert sorted(db.execute("SELECT dev, pages FROM files")) == [(0, 3), (2049, 4)]
+    db.close()
+
+
+def test_a_copy_of_the_file_is_not_believed(path: Path) -> None:
+    with opened(path) as cache:
+        cache.put(at_home(path, 1), identity(3), quiet(3), column(3), NOW)
+    copy = path.with_name("copy.db")
+    shutil.copyfile(path, copy)
+    with opened(copy) as cache:
+        assert cache.notice is not None
+        assert "it is a copy" in cache.notice
+        assert cache.get(at_home(path, 1), identity(3)) is None
+
+
+def test_what_was_open_when_its_guest_ended_is_not_believed(path: Path) -> None:
+    with opened(path) as cache:
+        cache.put(at_home(path, 1), identity(3), quiet(3), column(3), NOW)
+    edit_about(path, "UPDATE about SET open = ?", boot_id() + b" %d" % path.stat().st_dev)
+    with opened(path) as cache:  # the agent was killed, the guest goes on
+        assert cache.notice is None
+        assert cache.get(at_home(path, 1), identity(3)) is not None
+    for mark in (b"another-boot %d" % path.stat().st_dev, boot_id() + b" 1"):
+        edit_about(path, "UPDATE about SET open = ?", mark)
+        with opened(path) as cache:
+            assert cache.notice is not None
+            assert "not shut down properly" in cache.notice
+            assert cache.get(at_home(path, 1), identity(3)) is None
+            cache.put(at_home(path, 1), identity(3), quiet(3), column(3), NOW)
+
+
+def test_a_cache_says_on_the_disk_that_it_is_open(path: Path) -> None:
+    marks = []
+    cache = opened(path)
+    for closed in (False, True):
+        if closed:
+            cache.close()
+        # What a crash would leave, log included, under another name.
+        for suffix in ("", "-wal"):
+            source = Path(f"{path}{suffix}")
+            if source.exists():
+                shutil.copyfile(source, f"{path.with_name('seen.db')}{suffix}")
+        with sqlite3.connect(path.with_name("seen.db")) as db:
+            marks += [row[0] for row in db.execute("SELECT open FROM about")]
+        db.close()
+        for left in path.parent.glob("seen.db*"):
+            left.unlink()
+    assert marks == [boot_id() + b" %d" % path.parent.stat().st_dev, None]
 
 
 def test_rows_survive_a_restart(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import mmap
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import textwrap
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +210,7 @@ def test_a_wholly_resident_file_is_known_by_its_root(guest: Guest) -> None:
     path = guest.write("lib/x", data)
     seen = one(guest.scanner().walk())
     key, identity = identity_of(path)
-    assert seen == Observation(b"/usr/lib/x", key, identity, root_of(data), None, 8, 2)
+    assert seen == Observation(b"/usr/lib/x", key, identity, root_of(data), None, 8, 2, proven=True)
     assert guest.cache.fingerprints(key, identity, 0, 8) == fingerprints(data)
 
 
@@ -278,7 +280,7 @@ def test_pages_that_become_resident_are_added_until_the_root_is_known(guest: Gue
     evict(path, 0, 512)
     assert one(scanner.walk()) == third  # by its root as long as a page is resident
     evict(path)
-    assert one(scanner.walk()).page_count == 0
+    assert one(scanner.walk()) == replace(third, resident=False)  # and then as a question
     fault_in(path, 5, 1)
     assert one(scanner.walk()) == third
     assert scanner.counters.pages_fingerprinted == 1024
@@ -613,6 +615,8 @@ def test_a_young_file_is_reported_and_read_once_more(guest: Guest) -> None:
     guest.clock.ahead = HOUR_NS
     assert scanner.due() == [b"/usr/x"]
     scanner.take_counters()
+    assert not seen.proven
+    seen = replace(seen, proven=True)
     assert one(scanner.look([b"/usr/x"])) == seen
     assert scanner.counters.pages_fingerprinted == 6  # not taken from the side
     assert scanner.next_due_ns is None
@@ -620,6 +624,33 @@ def test_a_young_file_is_reported_and_read_once_more(guest: Guest) -> None:
     scanner = guest.scanner()
     assert one(scanner.walk()) == seen
     assert scanner.counters.pages_fingerprinted == 0
+
+
+def test_a_file_that_somebody_can_write_is_not_proven(guest: Guest) -> None:
+    path = guest.write("x", pages(4))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapping:
+        mapping[0] = 7
+        seen = one(guest.scanner().walk())
+        assert not seen.proven
+        mapping[0] = 8  # without a stamp: the page is writable since the first store
+        assert identity_of(path) == (seen.key, seen.identity)
+    clean(path)
+    evict(path)
+    assert one(guest.scanner().walk()).page_count == 0
+
+
+def test_what_is_proven_is_known_without_reading(guest: Guest) -> None:
+    path = guest.write("x", pages(300))
+    seen = one(guest.scanner().walk())
+    assert (seen.proven, seen.resident) == (True, True)
+    guest.reopen()
+    evict(path)
+    scanner = guest.scanner()
+    assert one(scanner.walk()) == replace(seen, resident=False)
+    assert scanner.counters.bytes_read == 0
+    assert resident(path) == []
+    os.utime(path)
+    assert one(scanner.walk()).page_count == 0  # another identity
 
 
 def test_a_young_file_is_not_read_again_before_it_can_be_trusted(guest: Guest) -> None:

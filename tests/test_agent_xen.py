@@ -13,6 +13,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,14 @@ from sharearea_agent.common import native, wire
 from sharearea_agent.common.errors import HostError, ProtocolError
 from sharearea_agent.common.wire import Verdict, WithdrawReason
 from sharearea_agent.connect import guest_kind
-from sharearea_agent.consumer_wire import MAPPED_DONE, MAPPED_NO_ROOM, GrantDevice, Share, ShareGrants
+from sharearea_agent.consumer_wire import (
+    MAPPED_DONE,
+    MAPPED_NO_ROOM,
+    MAX_COMPARE_RUNS,
+    GrantDevice,
+    Share,
+    ShareGrants,
+)
 from sharearea_agent.consumers import ConsumerHub, Credentials
 from sharearea_agent.mapper import LocalMapper, XenMapper
 
@@ -260,7 +268,8 @@ def test_a_local_parcel_has_the_segments_that_the_consumer_lacks() -> None:
         mapper.learn(wire.Segment(segment), os.memfd_create("segment"))
     runs = array("I", (0, 10, 1, 1, 3 * 2048 + 5, 2)).tobytes()
     parcel = mapper.parcel(ag.ShareWith(1, 4, 2, runs), {1})
-    assert parcel.share == Share(4, 2, u32s(0, 10, 1, 1, 5, 2), u32s(1, 2))
+    assert parcel.share == Share(4, 2, u32s(0, 10, 1, 1, 5, 2), u32s(1, 2), 1, b"", b"")
+    assert parcel.compared_pages == 3
     assert parcel.segments == [2]
     assert [message.TYPE for message, _ in parcel.before] == [33]
     parcel.close()
@@ -268,6 +277,28 @@ def test_a_local_parcel_has_the_segments_that_the_consumer_lacks() -> None:
     with pytest.raises(ProtocolError, match="segment 1"):
         mapper.parcel(ag.ShareWith(1, 4, 2, u32s(0, 2048, 1)), ())
     mapper.close()
+
+
+def test_a_local_parcel_names_the_pages_that_are_to_be_compared() -> None:
+    """Of three runs: what lies in the resident ranges, with the slots and segments that belong to it."""
+    mapper = LocalMapper()
+    mapper.learn(welcome(), None)
+    for segment in (0, 1):
+        mapper.learn(wire.Segment(segment), os.memfd_create("segment"))
+    runs = u32s(0, 100, 4, 10, 200, 6, 20, 2048, 5)
+    share = ag.ShareWith(1, 4, 2, runs, proven=True)
+    parcel = mapper.parcel(share, (), u32s(2, 10, 15, 1, 18, 3, 24, 40))
+    assert parcel.share == Share(
+        *(4, 2, u32s(0, 100, 4, 10, 200, 6, 20, 0, 5), u32s(1, 1, 2)),
+        *(0, u32s(2, 102, 2, 10, 200, 2, 15, 205, 1, 20, 0, 1, 24, 4, 1), u32s(1, 1, 1, 2, 2)),
+    )
+    assert parcel.compared_pages == 7
+    nothing = mapper.parcel(share, (), b"")
+    assert (nothing.share, nothing.compared_pages) == (replace(parcel.share, compare=b"", compare_segments=b""), 0)
+    many = u32s(*(number for page in range(MAX_COMPARE_RUNS + 1) for number in (2 * page, 1)))
+    large = mapper.parcel(replace(share, runs=u32s(0, 0, 2 * MAX_COMPARE_RUNS + 2)[:12]), (), many)
+    assert isinstance(large.share, Share)
+    assert (large.share.all, large.share.compare, large.compared_pages) == (1, b"", 2 * MAX_COMPARE_RUNS + 2)
 
 
 def test_a_guest_is_of_the_kind_that_the_kernel_says(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ class XenBroker(Broker):
 
 
 def said(dropped: int, available: int = 0, pressure: int = 0, private: int = 0) -> wire.AgentStats:
-    return wire.AgentStats(1, 2, 3, 4, 5, dropped, private, 512 << 20, available, pressure)
+    return wire.AgentStats(1, 2, 3, 4, 5, dropped, 0, private, 512 << 20, available, pressure)
 
 
 def pages(granted: int, given_up: int | None, share: float) -> Balance:

@@ -55,7 +55,7 @@ FPS = bytes(range(64))
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "agent-to-broker": {
-        "Hello": wire.Hello(1, "0.1.0", "web-1", ID, u32s(3, 70_000)),
+        "Hello": wire.Hello(2, "0.1.0", "web-1", ID, u32s(3, 70_000)),
         "Roots": wire.Roots(
             u32s(1, 2),
             struct.pack("<QQ", 8193, 1 << 33),
@@ -64,18 +64,19 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             (b"/usr/lib/a", b"/b\xff"),
             u32s(1, 1, 0, 2) + wire.NO_CLASSES,
         ),
+        "Roots-unread": wire.Roots(u32s(3), struct.pack("<Q", 8193), u32s(0), KEY, (b"/usr/lib/a",), wire.NO_CLASSES),
         "Pages": wire.Pages(u32s(1, 0, 1, 2, 7, 1), FPS),
         "Gone": wire.Gone(u32s(1, 2, 0xFFFFFFFF)),
         "Data": wire.Data(5, b"\1\0", bytes(range(256)) * 16),
         "Data-nothing": wire.Data(0xFFFFFFFF, b"\0\0\0", b""),
         "Attach": wire.Attach(u32s(9)),
         "Release": wire.Release(u32s(9, 10)),
-        "AgentStats": wire.AgentStats(1, 200, 30_000, 4, 5, 1 << 53, 70_000_000, 1 << 28, 99 << 20, 10_000),
+        "AgentStats": wire.AgentStats(1, 200, 30_000, 4, 5, 1 << 53, 600, 70_000_000, 1 << 28, 99 << 20, 10_000),
         "Pong": wire.Pong(17),
     },
     "broker-to-agent": {
         "Welcome": wire.Welcome(
-            1, "web-1", "office", ID, ID[::-1], KEY, 65_024, 16_384, 1 << 30, 100_000, ("/usr/**",), ("*.key", "id_é")
+            2, "web-1", "office", ID, ID[::-1], KEY, 65_024, 16_384, 1 << 30, 100_000, ("/usr/**",), ("*.key", "id_é")
         ),
         "Refused": wire.Refused("no-matching-rule", "no rule has this name and this uid", 30_000),
         "Verdicts": wire.Verdicts(u32s(1, 2), b"\0\1"),
@@ -98,7 +99,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "agent-to-consumer": {
         "ShareSegment": cw.ShareSegment(4),
-        "Share": cw.Share(1, 2, u32s(0, 17, 3), u32s(4)),
+        "Share": cw.Share(1, 2, u32s(0, 17, 3), u32s(4), 1, b"", b""),
+        "Share-proven": cw.Share(1, 2, u32s(0, 17, 3), u32s(4), 0, u32s(1, 18, 1), u32s(4)),
         "Unshare": cw.Unshare(1, 2),
         "Plain": cw.Plain(1, "not-offered"),
         "SegmentsGone": cw.SegmentsGone(u32s(4, 5)),

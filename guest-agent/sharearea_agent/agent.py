@@ -52,7 +52,8 @@ class Observation:
     """One file as the scanner saw it: which pages are resident, and their root if that is all of them.
 
     `pages`: packed page numbers if only some are resident, None if all are. Fingerprints stay in the cache (cache.py).
-    `classes`: as in wire.Roots.
+    `classes`: as in wire.Roots. `proven`: what the root says of a page holds without reading it, as long as the
+    identity is this one (cache.py). `resident`: some of it is; what is not is only told if it is proven.
     """
 
     path: bytes
@@ -63,6 +64,8 @@ class Observation:
     page_count: int
     zero_pages: int
     classes: bytes = wire.NO_CLASSES
+    proven: bool = False
+    resident: bool = True
 
 
 class Stage(enum.Enum):
@@ -197,10 +200,23 @@ class LeaseBroken:
 
 
 @dataclass(frozen=True, slots=True)
+class Compared:
+    """Outcome of ShareWith, if it was sent: so many of its pages are compared with the file, the rest is not read."""
+
+    key: FileKey
+    generation: int
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
 class Dropped:
-    """Outcome of DropCache: pages that went from the guest's page cache, as the kernel counts them."""
+    """Outcome of DropCache: pages that went from the guest's page cache, as the kernel counts them.
+
+    `read`: of each file, pages that somebody had read again from the disk, or for the first time, while it was shared.
+    """
 
     pages: int
+    read: tuple[tuple[FileKey, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +281,7 @@ Event = (
     | LeaseTaken
     | LeaseRefused
     | LeaseBroken
+    | Compared
     | Dropped
     | Detach
     | Reattach
@@ -356,13 +373,17 @@ class ReleaseLease:
 
 @dataclass(frozen=True, slots=True)
 class ShareWith:
-    """Send a consumer the handles for its file: runs (page, handle, count); `grantor`: of which domain, on `xen`."""
+    """Send a consumer the handles for its file: runs (page, handle, count); `grantor`: of which domain, on `xen`.
+
+    `proven`: it need not compare pages that are not resident. Outcome: Compared, if it was sent.
+    """
 
     consumer: ConsumerId
     handle: Handle
     generation: int
     runs: bytes
     grantor: int | None = None
+    proven: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -470,6 +491,7 @@ PRESSURE_MARKS: Final = (100, 1000, 2000)
 
 
 _SOON: Final = 1.0  # seconds
+_PATIENCE: Final = 0.5  # seconds that a consumer waits for what the broker says of a file that nobody has read
 
 
 @dataclass(frozen=True, slots=True)
@@ -505,6 +527,8 @@ class _Version:
     page_count: int
     zero_pages: int
     classes: bytes
+    proven: bool
+    resident: bool  # reported as a copy that the guest has in memory
 
 
 @dataclass(slots=True, eq=False)
@@ -516,6 +540,7 @@ class _Use:
     answered: bool = True  # the consumer was told what it gets, Share or Plain
     leaving: bool = False
     no_room: bool = False  # it could not map what it was sent
+    patient_until: float = 0.0  # when it is told that its file stays plain, if nothing better has come by then
 
 
 @dataclass(slots=True, eq=False)
@@ -545,6 +570,8 @@ class _File:
     poisoned: bool = False  # a consumer found other bytes: this version is not shared again
     detached: bool = False
     dropped: bool = False  # the drop after attaching was asked for
+    read_pages: int = 0  # of this version, known to have been read from the disk; a page read twice counts twice
+    unread_pages: int = 0  # of this version, shared without having been read
 
 
 class Agent:
@@ -584,6 +611,8 @@ class Agent:
         self._shared_keys: set[FileKey] = set()  # SHARED and LEAVING
         self._crowded: dict[FileKey, None] = {}  # files that wait until fewer than max_attached_files are shared
         self._again: dict[FileKey, None] = {}  # plain files to advance at the next tick
+        self._patient: dict[tuple[ConsumerId, Handle], None] = {}  # uses that have not been answered yet
+        self._unread_past = 0  # of versions that are no more
         self._area = b""
         self._epoch = b""
         self._refused = ""
@@ -632,8 +661,13 @@ class Agent:
                 self._on_lease_refused(event)
             case LeaseBroken():
                 self._on_lease_broken(event.key)
+            case Compared():
+                self._on_compared(event)
             case Dropped():
                 self._dropped_total += event.pages
+                for key, pages in event.read:
+                    if key in self._files:
+                        self._count_read(self._files[key], pages)
                 self._say_stats_soon()
             case Detach():
                 self._on_detach(event.path)
@@ -863,6 +897,13 @@ class Agent:
         other_root = version is not None and None not in (version.root, seen.root) and version.root != seen.root
         if version is not None and version.identity == seen.identity and not file.stale and not other_root:
             file.successor = None
+            if seen.proven and not version.proven and seen.root == version.root:
+                version = file.version = replace(version, proven=True)
+            if not version.resident and seen.resident and seen.page_count:
+                # It is a copy now, also if it is shared: the number stays.
+                file.version = replace(version, resident=True)
+                file.reported = False
+                self._unreported[file.key] = None
             if version.root is not None or not seen.page_count:
                 return  # what is resident changes by itself, a content does not
             if file.stage is Stage.PLAIN:
@@ -880,7 +921,15 @@ class Agent:
         if seen.page_count:
             self._next_id += 1
             fresh = _Version(
-                self._next_id, seen.identity, seen.root, seen.pages, seen.page_count, seen.zero_pages, seen.classes
+                self._next_id,
+                seen.identity,
+                seen.root,
+                seen.pages,
+                seen.page_count,
+                seen.zero_pages,
+                seen.classes,
+                seen.proven,
+                seen.resident,
             )
         if file.stage is Stage.PLAIN:
             self._replace(file, fresh)
@@ -898,6 +947,9 @@ class Agent:
         file.version, file.successor = fresh, None
         file.reported, file.verdict, file.available, file.refusal = False, None, 0, ""
         file.poisoned = file.stale = False
+        if old is None or fresh is None or old.identity != fresh.identity:
+            self._unread_past += file.unread_pages
+            file.read_pages = file.unread_pages = 0
         self._unreported.pop(file.key, None)
         if fresh is not None:
             self._by_id[fresh.id] = file
@@ -942,7 +994,7 @@ class Agent:
             file.reported = True
             ids.append(version.id)
             sizes.append(version.identity.size)
-            counts.append(version.page_count)
+            counts.append(version.page_count if version.resident else 0)
             roots.append(version.root if version.root is not None else wire.NO_ROOT)
             paths.append(path)
             classes.append(version.classes)
@@ -974,6 +1026,9 @@ class Agent:
         elif verdict == Verdict.WANTED:
             version, path = file.version, next(iter(file.paths), b"")
             self._act(SendPages(file_id, path, file.key, version.identity, version.root, version.pages))
+        elif verdict == Verdict.NOT_RESIDENT:
+            for use in file.uses:
+                self._plain(file, use, Verdict.NOT_RESIDENT.code)
 
     def _on_fetch(self, fetch: wire.Fetch) -> None:
         file = self._current(fetch.file)
@@ -1004,12 +1059,31 @@ class Agent:
         elif file.stage is Stage.LEAVING:
             self._plain(file, use, "moving")
         else:
+            if file.verdict == Verdict.NOT_RESIDENT and file.paths and self._welcome is not None:
+                # Somebody else may have brought it meanwhile, and now it matters.
+                file.reported, file.verdict = False, None
+                self._unreported[file.key] = None
             self._advance(file)
             if file.stage is Stage.PLAIN:
-                self._plain(file, use, self._why_plain(file))
+                if self._may_come(file):
+                    file.uses[use].patient_until = self._now + _PATIENCE
+                    self._patient[use] = None
+                else:
+                    self._plain(file, use, self._why_plain(file))
                 if file.paths and (file.version is None or file.version.root is None):
                     # Somebody uses it: more of it may be resident than at the last scan, and the next may be far.
                     self._act(Rescan(next(iter(file.paths))))
+
+    def _may_come(self, file: _File) -> bool:
+        """Return whether the broker is about to say if it has what nobody here has read: worth a moment's wait."""
+        return (
+            self._welcome is not None
+            and file.version is not None
+            and not file.version.resident
+            and file.verdict in (None, Verdict.KNOWN)
+            and not file.available
+            and self._barred(file) is None
+        )
 
     def _why_plain(self, file: _File) -> str:
         """Return the reason code for a file that is not shared now."""
@@ -1167,7 +1241,8 @@ class Agent:
         entry = file.uses[use]
         entry.generation, entry.pages, entry.leaving, entry.answered = file.generation, 0, False, True
         entry.no_room = False
-        self._act(ShareWith(*use, file.generation, file.runs, file.grantor))
+        proven = file.version is not None and file.version.proven
+        self._act(ShareWith(*use, file.generation, file.runs, file.grantor, proven))
 
     def _on_mapped(self, mapped: ConsumerMapped) -> None:
         use = (mapped.consumer, mapped.handle)
@@ -1186,6 +1261,17 @@ class Agent:
         elif mapped.outcome == MAPPED_NO_ROOM and file.stage is Stage.SHARED:
             file.uses[use].no_room = True
             self._give_up_unmapped(file)
+
+    def _on_compared(self, compared: Compared) -> None:
+        file = self._files.get(compared.key)
+        if file is not None and file.stage is Stage.SHARED and file.generation == compared.generation:
+            self._count_read(file, compared.pages)
+
+    def _count_read(self, file: _File, pages: int) -> None:
+        """Take note that pages of a file that is shared have been read from its disk, by whom and whenever it was."""
+        if file.stage is Stage.SHARED:
+            file.read_pages += pages
+            file.unread_pages = max(0, file.granted_pages - file.read_pages)
 
     def _give_up_unmapped(self, file: _File) -> None:
         """Give back grants that no consumer could map, and try again; in the end only with others or another offer."""
@@ -1232,6 +1318,7 @@ class Agent:
         file = self._uses.pop(use, None)
         if file is None:
             return
+        self._patient.pop(use, None)
         del file.uses[use]
         if file.stage is Stage.LEAVING:
             self._finish_leaving(file)
@@ -1313,6 +1400,11 @@ class Agent:
         if not self._linked and not self._connecting and self._now >= self._connect_at:
             self._connecting = True
             self._act(Connect())
+        for use in [use for use in self._patient if self._now >= self._uses[use].uses[use].patient_until]:
+            del self._patient[use]
+            asked = self._uses[use]
+            if asked.stage is Stage.PLAIN:
+                self._plain(asked, use, self._why_plain(asked))
         again, self._again = self._again, {}
         for key in again:
             file = self._files.get(key)
@@ -1371,11 +1463,12 @@ class Agent:
         shared = [self._files[key] for key in self._shared_keys]
         return wire.AgentStats(
             len(versions),
-            sum(version.page_count for version in versions),
-            sum(version.zero_pages for version in versions),
+            sum(version.page_count for version in versions if version.resident),
+            sum(version.zero_pages for version in versions if version.resident),
             len(shared),
             sum(use.pages for file in shared for use in file.uses.values()),
             self._dropped_total,
+            self._unread_past + sum(file.unread_pages for file in self._files.values()),
             self._memory.private_bytes,
             self._memory.total_bytes,
             self._memory.available_bytes,
@@ -1409,6 +1502,7 @@ class Agent:
             "attached_files": stats.attached_files,
             "attached_pages": stats.attached_pages,
             "dropped_pages_total": stats.dropped_pages_total,
+            "unread_pages_total": stats.unread_pages_total,
             "private_bytes": stats.private_bytes,
             "consumers": len({consumer for consumer, _ in self._uses}),
         }
@@ -1436,6 +1530,7 @@ class Agent:
             "verdict": _code(file.verdict) if file.verdict is not None else None,
             "offered_pages": file.available,
             "attached_pages": file.granted_pages if shared else 0,
+            "unread_pages": file.unread_pages,
             "programs": len({consumer for consumer, _ in file.uses}),
         }
 

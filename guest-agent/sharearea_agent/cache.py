@@ -11,6 +11,19 @@ kept on the side, in bounded memory: good enough to be reported, and to be read 
 says when). The future is young for a ctime, since only a clock that was set back explains it; not for an mtime, which
 anybody may set, and which a write replaces.
 
+When a row is *proven*: its pages need not be read to know what is in them, now or after a restart, on this disk or on a
+copy of it. That takes more, for nobody compares such pages with the file any more (docs/cold-start.md has the reasons):
+
+- the row is trusted, and has the root of the whole file;
+- nobody had the file open for writing when the reading began. A program that has it mapped writable may change pages
+  without a new stamp; one that comes later cannot;
+- the file is on the file system that the cache itself is on. What happens to one as a whole (a copy of the disk, an
+  older state brought back, another image in its place) then happens to the other;
+- the cache is not a copy made by hand: it says by which inode, of which generation, it was written;
+- that file system was not cut off in the middle of a write since. The cache says whether it was closed, and if not,
+  in which boot of the kernel, on which device it was open. One that was not closed is thrown away after a crash: a
+  page may have reached the disk while the stamp of its change did not.
+
 The side also takes what the disk does not: without a usable file (disk full, no right, damage) the cache goes on with
 that, says so once (`take_errors`), and the scanner reads again what has fallen out. Which files, and when, is the
 scanner's to know (scan.py).
@@ -18,6 +31,7 @@ scanner's to know (scan.py).
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sqlite3
 import stat
@@ -35,7 +49,7 @@ from .common.errors import StoreError, StoreFull
 from .common.wire import CLASSES_SIZE, FINGERPRINT_SIZE, NO_CLASSES
 
 APPLICATION_ID: Final = 0x53416670  # "SAfp"
-FORMAT: Final = 2
+FORMAT: Final = 3
 
 GRANULARITY_NS: Final = 20_000_000  # two ticks of the slowest clock (CONFIG_HZ=100)
 COARSE_GRANULARITY_NS: Final = 2_000_000_000  # FAT's, the coarsest of file systems that keep no sub-seconds
@@ -49,15 +63,18 @@ _BATCH_BYTES: Final = 1 << 20
 # linux/time.h; Python has no name for it.
 _CLOCK_REALTIME_COARSE: Final = 5
 
+# linux/fs.h, _IOR('v', 1, long); what it fills in is an int.
+_FS_IOC_GETVERSION: Final = 0x80087601
+
 _DAMAGE: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR})
 
 # Two tables: a scan looks up every file and reads few columns, so the rows it touches are kept small and together.
 _SCHEMA: Final = """
-CREATE TABLE about (epoch BLOB NOT NULL);
+CREATE TABLE about (epoch BLOB NOT NULL, home BLOB NOT NULL, open BLOB);
 CREATE TABLE files (
     id INTEGER PRIMARY KEY, dev INTEGER NOT NULL, ino INTEGER NOT NULL,
     size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL,
-    pages INTEGER NOT NULL, zero_pages INTEGER NOT NULL, root BLOB, classes BLOB,
+    pages INTEGER NOT NULL, zero_pages INTEGER NOT NULL, quiet INTEGER NOT NULL, root BLOB, classes BLOB,
     UNIQUE (dev, ino)
 );
 CREATE TABLE columns (id INTEGER PRIMARY KEY, runs BLOB, fingerprints BLOB NOT NULL);
@@ -67,6 +84,11 @@ CREATE TABLE columns (id INTEGER PRIMARY KEY, runs BLOB, fingerprints BLOB NOT N
 def coarse_clock_ns() -> int:
     """Return the time by the clock that the kernel stamps files from."""
     return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+
+
+def boot_id() -> bytes:
+    """Return what names this boot of the kernel."""
+    return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
 
 
 def granularity_ns(identity: FileIdentity) -> int:
@@ -93,8 +115,9 @@ class CacheEntry:
     """What is known of one file, without its fingerprints.
 
     `runs`: the pages there are fingerprints for, packed pairs (first, count) of uint32, ascending; None if all pages.
-    `root` is there if and only if all pages are. `trusted`: outlasts any write (see the module's text). `classes`: of
-    its pages, as in wire.Roots.
+    `root` is there if and only if all pages are. `trusted`: outlasts any write. `quiet`: nobody had the file open for
+    writing when it was read. `proven`: pages need not be read to be known (see the module's text for all three).
+    `classes`: of its pages, as in wire.Roots.
     """
 
     root: bytes | None
@@ -103,6 +126,8 @@ class CacheEntry:
     zero_pages: int
     trusted: bool = True
     classes: bytes = NO_CLASSES
+    quiet: bool = False
+    proven: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +150,19 @@ def _none_if_none(classes: bytes) -> bytes | None:
 def _signed(number: int) -> int:
     """SQLite's integers have a sign; device and inode numbers fill 64 bits without one."""
     return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def _home_of(fd: int, inode: int) -> bytes:
+    """Return what names an inode also against one that gets its number later; b"" where the file system does not say.
+
+    A file system that is copied as a whole (dd, a snapshot) keeps both, a file that is copied (cp) has others. ext2 to
+    ext4, XFS and btrfs have generations; network file systems, overlayfs and tmpfs have none, or none to show.
+    """
+    try:
+        generation = fcntl.ioctl(fd, _FS_IOC_GETVERSION, bytes(8))
+    except OSError:
+        return b""
+    return inode.to_bytes(8, "little") + generation[:4]
 
 
 def _position(runs: bytes | None, first: int, count: int) -> int | None:
@@ -155,6 +193,8 @@ class FingerprintCache:
         self._side_bytes = 0
         self._side_limit = side_bytes
         self._db: sqlite3.Connection | None = None
+        self._dev: int | None = None  # of the file system that the cache is on
+        self._home = b""  # names the cache's own inode; b"": the file system has no such name, and nothing is proven
         self._own: frozenset[FileKey] = frozenset()
         self._writable = True
         self._told = False
@@ -208,6 +248,7 @@ class FingerprintCache:
                 raise OSError("not a regular file")
             if stat.S_IMODE(status.st_mode) != 0o600:
                 os.fchmod(fd, 0o600)
+            self._dev, self._home = status.st_dev, _home_of(fd, status.st_ino)
         finally:
             os.close(fd)
 
@@ -233,23 +274,35 @@ class FingerprintCache:
                 return "it is something else"
             if version != FORMAT:
                 return f"its format is {version}, not {FORMAT}"
-            if [row[0] for row in db.execute("SELECT epoch FROM about")] != [self._epoch]:
+            about = db.execute("SELECT epoch, home, open FROM about").fetchall()
+            if [row[0] for row in about] != [self._epoch]:
                 return "its fingerprints are of another key"
+            if about[0][1] != self._home:
+                return "it is a copy: it does not say what became of the files since"
+            if about[0][2] not in (None, self._open_mark()):
+                return "its file system was not shut down properly, or was copied while an agent was at work on it"
         else:
             db.execute("PRAGMA auto_vacuum = INCREMENTAL")
         db.execute("PRAGMA journal_mode = WAL")
-        # A crash of the host may cost the last transactions, not the file.
-        db.execute("PRAGMA synchronous = NORMAL")
         db.execute("PRAGMA journal_size_limit = 1048576")
         if empty:
             db.execute("BEGIN IMMEDIATE")
             for statement in _SCHEMA.split(";"):
                 db.execute(statement)
-            db.execute("INSERT INTO about VALUES (?)", (self._epoch,))
+            db.execute("INSERT INTO about VALUES (?, ?, NULL)", (self._epoch, self._home))
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {FORMAT}")
             db.execute("COMMIT")
+        # On the disk before anything of the cache is relied on.
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("UPDATE about SET open = ?", (self._open_mark(),))
+        # From here on a crash of the host may cost the last transactions, not the file.
+        db.execute("PRAGMA synchronous = NORMAL")
         return None
+
+    def _open_mark(self) -> bytes:
+        """Return what says in which boot, on which device the cache is open."""
+        return boot_id() + b" %d" % (self._dev or 0)
 
     def _number(self, pragma: str) -> int:
         assert self._db is not None
@@ -327,13 +380,23 @@ class FingerprintCache:
 
     # ------------------------------------------------------------------------------------------------------- reading
 
+    def _inode(self, key: FileKey) -> tuple[int, int]:
+        """Return the columns that name an inode. The cache's own file system is 0: a copy of it has another number."""
+        return 0 if key.dev == self._dev else _signed(key.dev), _signed(key.ino)
+
+    def with_proof(self, key: FileKey, entry: CacheEntry) -> CacheEntry:
+        """Return an entry with `proven` as it follows from the rest of it and from where the file is."""
+        at_home = bool(self._home) and key.dev == self._dev
+        proven = at_home and entry.quiet and entry.trusted and entry.root is not None
+        return replace(entry, proven=True) if proven else entry
+
     def _row(self, key: FileKey, identity: FileIdentity) -> tuple[int, CacheEntry] | None:
         if self._db is None:
             return None
         row = self._db.execute(
-            "SELECT id, size, mtime_ns, ctime_ns, pages, zero_pages, root, classes FROM files"
+            "SELECT id, size, mtime_ns, ctime_ns, pages, zero_pages, root, classes, quiet FROM files"
             " WHERE dev = ? AND ino = ?",
-            (_signed(key.dev), _signed(key.ino)),
+            self._inode(key),
         ).fetchone()
         if row is None or (row[1], row[2], row[3]) != identity:
             return None
@@ -343,9 +406,9 @@ class FingerprintCache:
             if found is None:
                 raise sqlite3.DatabaseError("a file without its columns")
             runs = found[0]
-        return row[0], CacheEntry(
-            row[6], runs, row[4], row[5], classes=row[7] if len(row[7] or b"") == CLASSES_SIZE else NO_CLASSES
-        )
+        classes = row[7] if len(row[7] or b"") == CLASSES_SIZE else NO_CLASSES
+        entry = CacheEntry(row[6], runs, row[4], row[5], classes=classes, quiet=bool(row[8]))
+        return row[0], self.with_proof(key, entry)
 
     def get(self, key: FileKey, identity: FileIdentity) -> CacheEntry | None:
         """Return what is known of a file of this identity. During a scan this marks the row as seen.
@@ -357,7 +420,7 @@ class FingerprintCache:
             if self._seen is not None:
                 self._seen_side.add(key)
             if side.identity == identity and (side.entry.trusted or self._clock_ns() < side.trusted_from_ns):
-                return side.entry
+                return self.with_proof(key, side.entry)
         try:
             row = self._row(key, identity)
         except sqlite3.Error as error:
@@ -436,12 +499,12 @@ class FingerprintCache:
         """Keep what was read of a file; `began_ns`: by the cache's clock, before the first page was read.
 
         Returns None if it can be trusted, else when a reading must begin to be (by the same clock). The caller has seen
-        the same identity before and after the reading. `entry.trusted` is ignored.
+        the same identity before and after the reading. `entry.trusted` and `entry.proven` are ignored.
         """
         if len(fingerprints) != entry.page_count * FINGERPRINT_SIZE or (entry.root is None) != (entry.runs is not None):
             raise ValueError("an entry whose columns do not fit")
         due = trusted_from_ns(identity, began_ns)
-        kept = replace(entry, trusted=due is None)
+        kept = replace(entry, trusted=due is None, proven=False)
         if due is not None or not self._store(key, identity, kept, fingerprints):
             self._put_aside(key, _Side(identity, kept, fingerprints, due or 0))
         else:
@@ -467,16 +530,19 @@ class FingerprintCache:
     def _store(self, key: FileKey, identity: FileIdentity, entry: CacheEntry, fingerprints: bytes) -> bool:
         if self._db is None or not self._writable:
             return False
-        inode = (_signed(key.dev), _signed(key.ino))
+        inode = self._inode(key)
         try:
             self._begin()
             (number,) = self._db.execute(
-                "INSERT INTO files (dev, ino, size, mtime_ns, ctime_ns, pages, zero_pages, root, classes)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+                "INSERT INTO files (dev, ino, size, mtime_ns, ctime_ns, pages, zero_pages, quiet, root, classes)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
                 " ON CONFLICT (dev, ino) DO UPDATE SET size = excluded.size, mtime_ns = excluded.mtime_ns,"
                 " ctime_ns = excluded.ctime_ns, pages = excluded.pages, zero_pages = excluded.zero_pages,"
-                " root = excluded.root, classes = excluded.classes RETURNING id",
-                (*inode, *identity, entry.page_count, entry.zero_pages, entry.root, _none_if_none(entry.classes)),
+                " quiet = excluded.quiet, root = excluded.root, classes = excluded.classes RETURNING id",
+                (
+                    *(*inode, *identity, entry.page_count, entry.zero_pages, int(entry.quiet)),
+                    *(entry.root, _none_if_none(entry.classes)),
+                ),
             ).fetchone()
             self._db.execute(
                 "INSERT OR REPLACE INTO columns (id, runs, fingerprints) VALUES (?, ?, ?)",
@@ -531,7 +597,7 @@ class FingerprintCache:
             changed = self._db.execute(
                 "UPDATE files SET mtime_ns = ?, ctime_ns = ?"
                 " WHERE dev = ? AND ino = ? AND size = ? AND mtime_ns = ? AND ctime_ns = ?",
-                (new.mtime_ns, new.ctime_ns, _signed(key.dev), _signed(key.ino), *old),
+                (new.mtime_ns, new.ctime_ns, *self._inode(key), *old),
             ).rowcount
         except sqlite3.Error as error:
             self._fail(error, "written")
@@ -545,7 +611,7 @@ class FingerprintCache:
             return
         try:
             self._begin()
-            inode = (_signed(key.dev), _signed(key.ino))
+            inode = self._inode(key)
             self._db.execute("DELETE FROM columns WHERE id = (SELECT id FROM files WHERE dev = ? AND ino = ?)", inode)
             self._db.execute("DELETE FROM files WHERE dev = ? AND ino = ?", inode)
         except sqlite3.Error as error:
@@ -600,6 +666,8 @@ class FingerprintCache:
         self._side.clear()
         self._side_bytes = 0
         try:
+            if self._db is not None and self._writable:
+                self._db.execute("UPDATE about SET open = NULL")
             self._disconnect()
         except sqlite3.Error as error:
             self._fail(error, "written")

@@ -7,10 +7,13 @@ to a file by passing a descriptor of it, and gets handles for that file only. do
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from .common.errors import ProtocolError
 from .common.wire import MAX_DOMID, MAX_GRANT_RUNS, MAX_IDS, Codec, Message, column, text, uint
+
+MAX_COMPARE_RUNS: Final = 16_384
+"""Runs that Share can name for comparing, when not all are to be: both kinds fit into a frame."""
 
 # -------------------------------------------------------------------------------------------- consumer -> agent
 
@@ -84,6 +87,9 @@ class Share(Message):
 
     The descriptor that travels with it holds a read lease on the file: close it when the plain file is back. As long as
     it is open no writer gets on, whatever becomes of the agent.
+
+    Compare with the file before you map: all runs if `all` is 1; if it is 0 only the runs in `compare`, with their
+    segments, which are parts of the others. The agent has proof of the rest and nobody has read it: do not either.
     """
 
     TYPE: ClassVar[int] = 34
@@ -92,10 +98,14 @@ class Share(Message):
     generation: int = uint(0xFFFFFFFF)
     runs: bytes = column(12, MAX_GRANT_RUNS)
     segments: bytes = column(4, MAX_GRANT_RUNS)
+    all: int = uint(1)
+    compare: bytes = column(12, MAX_COMPARE_RUNS)
+    compare_segments: bytes = column(4, MAX_COMPARE_RUNS)
 
     def check(self) -> None:
-        if len(self.runs) // 12 != len(self.segments) // 4:
-            raise ProtocolError("Share: columns of different length")
+        for runs, segments in ((self.runs, self.segments), (self.compare, self.compare_segments)):
+            if len(runs) // 12 != len(segments) // 4:
+                raise ProtocolError("Share: columns of different length")
 
 
 @dataclass(frozen=True, slots=True)

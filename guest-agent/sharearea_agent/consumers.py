@@ -28,7 +28,7 @@ from .common import native
 from .common.control import Door
 from .common.errors import HostError, NativeError, ProtocolError
 from .common.link import LinkClosed, QueueFull, StreamLink
-from .common.wire import Message
+from .common.wire import PAGE_SIZE, Message
 from .consumer_wire import (
     AGENT_TO_CONSUMER,
     CONSUMER_TO_AGENT,
@@ -280,8 +280,9 @@ class ConsumerHub:
         consumer = self._consumers.get(action.consumer)
         if consumer is None or action.handle not in consumer.files:
             return  # closed: the state machine is about to hear of it
+        key = consumer.files[action.handle]
         try:
-            parcel = self._mapper.parcel(action, consumer.segments)
+            parcel = self._mapper.parcel(action, consumer.segments, self._resident(key) if action.proven else None)
         except HostError as error:
             self._at_limit("handles", f"cannot send a consumer its handles: {error.message}")
             self._send(consumer, Plain(action.handle, "agent-limit"))
@@ -294,12 +295,21 @@ class ConsumerHub:
                 self._send(consumer, message, fd)
             consumer.segments.update(parcel.segments)
             self._send(consumer, parcel.share, lease)
+            self._feed(agent.Compared(key, action.generation, parcel.compared_pages))
         except (OSError, NativeError) as error:
             # A writer is there already (the agent hears of it and ends this), or descriptors are used up.
             self._at_limit("files", f"cannot take a lease for a consumer: {error}")
             self._send(consumer, Plain(action.handle, "lease-refused"))
         finally:
             parcel.close()
+
+    def _resident(self, key: FileKey) -> bytes | None:
+        """Return the resident pages of an open file, packed (page, count); None if the kernel does not tell."""
+        fd = self.files[key].fd
+        try:
+            return native.resident_runs(fd, -(-os.fstat(fd).st_size // PAGE_SIZE))
+        except NativeError:
+            return None
 
     def _lease_for(self, consumer: _Consumer, handle: Handle) -> int:
         """Take the read lease that a consumer holds itself, so that it outlives this agent, and return its descriptor.

@@ -18,7 +18,7 @@ from .agent import ShareWith
 from .common import native
 from .common.errors import ProtocolError
 from .common.wire import Message, Segment, Welcome
-from .consumer_wire import GrantDevice, Share, ShareGrants, ShareSegment
+from .consumer_wire import MAX_COMPARE_RUNS, GrantDevice, Share, ShareGrants, ShareSegment
 
 
 @dataclass(slots=True)
@@ -29,11 +29,28 @@ class Parcel:
     before: list[tuple[Message, int]] = field(default_factory=list)
     segments: list[int] = field(default_factory=list)  # that are new to the consumer, by the numbers it knows them by
     ours: list[int] = field(default_factory=list)  # descriptors in `before` that are for this parcel alone
+    compared_pages: int = 0  # that the consumer is to compare with its file: it reads those that are not resident
 
     def close(self) -> None:
         """Close the descriptors that are for this parcel alone; duplicates that were sent are not touched."""
         while self.ours:
             os.close(self.ours.pop())
+
+
+def _meeting(runs: array[int], ranges: array[int]) -> array[int]:
+    """Return the parts of runs (page, handle, count), which ascend, that lie in ranges (page, count), which do too."""
+    found = array("I")
+    at = 0
+    firsts, counts = ranges[0::2], ranges[1::2]
+    for page, handle, count in zip(runs[0::3], runs[1::3], runs[2::3], strict=True):
+        while at < len(firsts) and firsts[at] + counts[at] <= page:
+            at += 1
+        here = at
+        while here < len(firsts) and firsts[here] < page + count:
+            first, end = max(page, firsts[here]), min(page + count, firsts[here] + counts[here])
+            found.extend((first, handle + first - page, end - first))
+            here += 1
+    return found
 
 
 class Mapper(Protocol):
@@ -47,8 +64,11 @@ class Mapper(Protocol):
         """Close these segments, or all; return the numbers under which consumers know them."""
         ...
 
-    def parcel(self, share: ShareWith, known: Container[int]) -> Parcel:
+    def parcel(self, share: ShareWith, known: Container[int], resident: bytes | None = None) -> Parcel:
         """Put the handles of a file into messages for a consumer that has the segments `known`. Close it when sent.
+
+        `resident`: packed pairs (page, count) of the pages that the consumer need only compare; None: all. A mapper may
+        have it compare more.
 
         Raises ProtocolError if the broker has not sent what the handles need, HostError if this guest cannot.
         """
@@ -93,23 +113,34 @@ class LocalMapper:
             os.close(self._fds.pop(number))
         return numbers
 
-    def parcel(self, share: ShareWith, known: Container[int]) -> Parcel:
+    def parcel(self, share: ShareWith, known: Container[int], resident: bytes | None = None) -> Parcel:
         """Send slots counted inside their segment, and the segments that the consumer lacks."""
-        columns = array("I", share.runs)
-        numbers = array("I", bytes(len(share.runs) // 3))
-        for at, slot in enumerate(columns[1::3]):
+        runs = array("I", share.runs)
+        compare = _meeting(runs, array("I", resident)) if resident is not None else runs
+        whole = len(compare) > 3 * MAX_COMPARE_RUNS or resident is None
+        if whole:
+            compare = runs
+        columns, numbers = self._inside_segments(runs)
+        lacking = [number for number in sorted(set(numbers)) if number not in known]
+        some = (b"", b"") if whole else tuple(part.tobytes() for part in self._inside_segments(compare))
+        return Parcel(
+            Share(share.handle, share.generation, columns.tobytes(), numbers.tobytes(), int(whole), *some),
+            before=[(ShareSegment(number), self._fds[number]) for number in lacking],
+            segments=lacking,
+            compared_pages=sum(compare[2::3]),
+        )
+
+    def _inside_segments(self, runs: array[int]) -> tuple[array[int], array[int]]:
+        """Return runs with slots counted inside their segments, and the consumers' number of each run's segment."""
+        columns, numbers = array("I", runs), array("I", bytes(len(runs) // 3 * 4))
+        for at, slot in enumerate(runs[1::3]):
             segment, inside = divmod(slot, self._slots_per_segment)
             number = self._numbers.get(segment)
             if number is None:
                 raise ProtocolError(f"handles in segment {segment}, which the broker has not sent")
             columns[at * 3 + 1] = inside
             numbers[at] = number
-        lacking = [number for number in sorted(set(numbers)) if number not in known]
-        return Parcel(
-            Share(share.handle, share.generation, columns.tobytes(), numbers.tobytes()),
-            before=[(ShareSegment(number), self._fds[number]) for number in lacking],
-            segments=lacking,
-        )
+        return columns, numbers
 
     def close(self) -> None:
         """Close all segments."""
@@ -141,8 +172,8 @@ class XenMapper:
         """There are no segments."""
         return []
 
-    def parcel(self, share: ShareWith, known: Container[int]) -> Parcel:  # noqa: ARG002 # of the protocol
-        """Send the references as they are, and a descriptor of the grant device before them."""
+    def parcel(self, share: ShareWith, known: Container[int], resident: bytes | None = None) -> Parcel:  # noqa: ARG002 # of the protocol
+        """Send the references as they are, and a descriptor of the grant device before them. All is compared."""
         if share.grantor is None:
             raise ProtocolError("grant references, and the broker has not said whose")
         fd, _ = self._device()
@@ -150,6 +181,7 @@ class XenMapper:
             ShareGrants(share.handle, share.generation, share.grantor, int(self._movable), share.runs),
             before=[(GrantDevice(share.handle), fd)],
             ours=[fd],
+            compared_pages=sum(array("I", share.runs)[2::3]),
         )
 
     def close(self) -> None:

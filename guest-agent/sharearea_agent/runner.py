@@ -74,7 +74,7 @@ class Runner:
         self._scanner_of: tuple[bytes, ScanSettings] | None = None
         self._cache: FingerprintCache | None = None
         self._cache_epoch = b""
-        self._to_drop: list[tuple[int, list[Run]]] = []
+        self._to_drop: list[tuple[FileKey, int, list[Run]]] = []
         self._drops = 0  # jobs under way
         self._scanning = False
         self._rescan_at: float | None = None
@@ -548,26 +548,33 @@ class Runner:
         except OSError:
             return  # at the limit of descriptors: the next interval tries again
         runs = array("I", native.join_runs(action.runs))
-        self._to_drop.append((fd, [(0, 0)] if action.whole else list(zip(runs[0::3], runs[2::3], strict=True))))
+        self._to_drop.append(
+            (action.key, fd, [(0, 0)] if action.whole else list(zip(runs[0::3], runs[2::3], strict=True)))
+        )
 
-    def _drop_all(self, files: list[tuple[int, list[Run]]]) -> Then:
+    def _drop_all(self, files: list[tuple[FileKey, int, list[Run]]]) -> Then:
         """On the worker: drop ranges of files, and close their descriptors."""
         gone = 0
-        for fd, ranges in files:
+        read: list[tuple[FileKey, int]] = []
+        for key, fd, ranges in files:
+            resident = 0
             try:
                 for first, count in ranges:
                     before, after = native.drop_pages(fd, first, count)
                     gone += max(0, before - after)
+                    resident += before
             except NativeError:
                 pass  # the next interval tries again
             finally:
                 os.close(fd)
-        return partial(self._dropped, gone)
+            if resident:
+                read.append((key, resident))
+        return partial(self._dropped, gone, tuple(read))
 
-    def _dropped(self, pages: int) -> None:
+    def _dropped(self, pages: int, read: tuple[tuple[FileKey, int], ...]) -> None:
         self._drops -= 1
-        if pages:
-            self._events.append(agent.Dropped(pages))
+        if pages or read:
+            self._events.append(agent.Dropped(pages, read))
 
     # --------------------------------------------------------------------------------------------- scans and pages
 

@@ -12,7 +12,8 @@ root down to it (`world_readable`; a setting where handles are given page by pag
 Which pages are reported of a file that is not wholly resident: all that were seen resident under this identity, now or
 earlier, as long as one of them is. What is resident changes by itself and a content does not; so a file that is used
 more and more becomes known by its root without being read twice, and one that is evicted bit by bit is not reported
-again and again.
+again and again. One of which nothing is resident is reported too where its content is proven (cache.py), as a question:
+what the area has of it need not be read from the disk.
 
 When files are scanned, what is told to the broker and which files share is agent.py's and the runner's.
 """
@@ -28,7 +29,7 @@ import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
@@ -629,11 +630,12 @@ class Scanner:
         page_count = -(-identity.size // PAGE_SIZE)
         entry = self.cache.get(key, identity)
         if entry is not None and entry.root is not None:
-            if not self._any_resident(fd, page_count):
+            any_resident = self._any_resident(fd, page_count)
+            if not any_resident and not entry.proven:
                 return Observation(path, key, identity, None, b"", 0, 0)
             self.counters.cache_hits += 1
             self._note_untrusted(path, identity, entry)
-            return _observation(path, key, identity, entry)
+            return _observation(path, key, identity, entry, resident=any_resident)
         resident = unpack_runs(native.resident_runs(fd, page_count))
         if not resident:
             return Observation(path, key, identity, None, b"", 0, 0)
@@ -674,6 +676,7 @@ class Scanner:
     ) -> _Steps:
         """Fingerprint runs of a file and keep them, with those that are known of it. Raises _Changing."""
         began = self._clock_ns()
+        quiet = native.file_is_quiet(fd) and (entry is None or entry.quiet)
         zero_pages = 0
         # (first, count, fingerprints), later ascending
         parts: list[tuple[int, int, bytes | memoryview]] = []
@@ -710,11 +713,11 @@ class Scanner:
         classes = entry.classes if entry is not None else NO_CLASSES
         if classes == NO_CLASSES:
             classes = self._page_classes(fd, identity.size)
-        fresh, fingerprints = _assemble(parts, identity.size, zero_pages, classes)
+        fresh, fingerprints = _assemble(parts, identity.size, zero_pages, classes, quiet=quiet)
         due = self.cache.put(key, identity, fresh, fingerprints, began)
         if due is not None:
             self._look_again(path, due)
-        return _observation(path, key, identity, fresh)
+        return _observation(path, key, identity, self.cache.with_proof(key, replace(fresh, trusted=due is None)))
 
     def _page_classes(self, fd: int, size: int) -> bytes:
         """Look at the head of a file, if that is resident."""
@@ -865,7 +868,7 @@ def _key_and_identity(status: os.stat_result) -> tuple[FileKey, FileIdentity]:
 
 
 def _assemble(
-    parts: list[tuple[int, int, bytes | memoryview]], size: int, zero_pages: int, classes: bytes
+    parts: list[tuple[int, int, bytes | memoryview]], size: int, zero_pages: int, classes: bytes, *, quiet: bool
 ) -> tuple[CacheEntry, bytes]:
     """Put parts (first, count, fingerprints) of a file into one entry and its column."""
     parts.sort(key=lambda part: part[0])
@@ -878,12 +881,24 @@ def _assemble(
     fingerprints = b"".join(part[2] for part in parts)
     page_count = sum(run[1] for run in runs)
     if runs == [(0, -(-size // PAGE_SIZE))]:
-        return CacheEntry(
-            native.file_root(size, fingerprints), None, page_count, zero_pages, classes=classes
-        ), fingerprints
-    return CacheEntry(None, pack_runs(runs), page_count, zero_pages, classes=classes), fingerprints
+        root = native.file_root(size, fingerprints)
+        return CacheEntry(root, None, page_count, zero_pages, classes=classes, quiet=quiet), fingerprints
+    return CacheEntry(None, pack_runs(runs), page_count, zero_pages, classes=classes, quiet=quiet), fingerprints
 
 
-def _observation(path: bytes, key: FileKey, identity: FileIdentity, entry: CacheEntry) -> Observation:
+def _observation(
+    path: bytes, key: FileKey, identity: FileIdentity, entry: CacheEntry, *, resident: bool = True
+) -> Observation:
     pages = None if entry.runs is None else expand(unpack_runs(entry.runs))
-    return Observation(path, key, identity, entry.root, pages, entry.page_count, entry.zero_pages, entry.classes)
+    return Observation(
+        path,
+        key,
+        identity,
+        entry.root,
+        pages,
+        entry.page_count,
+        entry.zero_pages,
+        entry.classes,
+        proven=entry.proven,
+        resident=resident,
+    )

@@ -350,8 +350,9 @@ class _Session:
                     shared._answered.set()
             case Share():
                 assert fd is not None
-                runs, segments = array("I", message.runs), array("I", message.segments)
-                self._on_share(link, message, fd, lambda shared: self._share(shared, runs, segments))
+                runs = array("I", message.runs), array("I", message.segments)
+                compare = runs if message.all else (array("I", message.compare), array("I", message.compare_segments))
+                self._on_share(link, message, fd, lambda shared: self._share(shared, *runs, *compare))
             case GrantDevice():
                 assert fd is not None
                 self._drop_device()
@@ -399,20 +400,28 @@ class _Session:
             shared._reason = ("", "bytes-differed", "no-room")[outcome]
             shared._answered.set()
 
-    def _share(self, shared: SharedFile, runs: array[int], segments: array[int]) -> tuple[int, int]:
+    def _share(
+        self,
+        shared: SharedFile,
+        runs: array[int],
+        segments: array[int],
+        compare: array[int],
+        compare_segments: array[int],
+    ) -> tuple[int, int]:
         """Compare, then map, under the file's lease. Returns the outcome and the pages that are shared now."""
         used = sum(other._runs for other in list(self._files.values()))
         if used + len(segments) > self._room or os.fstat(shared._fd).st_size != shared._length:
             return MAPPED_NO_ROOM, 0
-        pages = 0
+        pages = sum(runs[2::3])
         try:
-            for page, slot, count, segment in zip(runs[0::3], runs[1::3], runs[2::3], segments, strict=True):
+            for page, slot, count, segment in zip(
+                compare[0::3], compare[1::3], compare[2::3], compare_segments, strict=True
+            ):
                 start = native.SEGMENT_HEADER + slot * PAGE_SIZE
                 view = memoryview(self._segments[segment][1])
                 with view, view[start : start + count * PAGE_SIZE] as slots:
                     if native.compare_pages(shared._fd, page, slots) != count:
                         return MAPPED_DIFFERENT, 0
-                pages += count
             if not native.lease_held(shared._lease):
                 return MAPPED_NO_ROOM, 0  # a writer waits already: Unshare is on its way
             at = 0

@@ -30,8 +30,9 @@ static int read_exactly(const uint8_t *bytes, size_t length, struct sa_frame *re
 	return error;
 }
 
-static const struct payload share = {
-	24, {0x95, 0x22, 0x01, 0x02, 0xc4, 0x0c, 0, 0, 0, 0, 0x11, 0, 0, 0, 3, 0, 0, 0, 0xc4, 0x04, 4, 0, 0, 0}};
+static const struct payload share = {45, {0x98, 0x22, 0x01, 0x02, 0xc4, 0x0c, 0, 0, 0, 0,    0x11, 0,    0, 0, 3,
+                                          0,    0,    0,    0xc4, 0x04, 4,    0, 0, 0, 0x00, 0xc4, 0x0c, 1, 0, 0,
+                                          0,    0x12, 0,    0,    0,    1,    0, 0, 0, 0xc4, 0x04, 4,    0, 0, 0}};
 static const struct payload unshare = {4, {0x93, 0x23, 0x01, 0x02}};
 static const struct payload plain = {7, {0x93, 0x24, 0x01, 0xa3, 'w', 'h', 'y'}};
 static const struct payload segment = {8, {0xdc, 0, 2, 0xcc, 0x21, 0xcd, 1, 0}};
@@ -44,7 +45,8 @@ static void test_messages(void)
 
 	CHECK(sa_frame_read(share.bytes, share.length, &frame) == 0);
 	CHECK(frame.type == SA_SHARE && frame.with_fd == 1 && frame.number[0] == 1 && frame.number[1] == 2);
-	CHECK(frame.entries[0] == 1 && frame.entries[1] == 1);
+	CHECK(frame.entries[0] == 1 && frame.entries[1] == 1 && frame.number[2] == 0);
+	CHECK(frame.entries[2] == 1 && frame.entries[3] == 1 && sa_frame_u32(frame.column[2], 1) == 18);
 	CHECK(sa_frame_u32(frame.column[0], 1) == 17 && sa_frame_u32(frame.column[1], 0) == 4);
 	CHECK(sa_frame_read(unshare.bytes, unshare.length, &frame) == 0 && frame.type == SA_UNSHARE && !frame.with_fd);
 	CHECK(sa_frame_read(plain.bytes, plain.length, &frame) == 0 && frame.type == SA_PLAIN);

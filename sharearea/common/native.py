@@ -764,6 +764,16 @@ def lease_release(fd: int) -> None:
     _call("sa_lease_release", fd)
 
 
+def file_is_quiet(fd: int) -> bool:
+    """Tell whether nobody has a file open for writing, or mapped writable, at this instant.
+
+    False too where no lease can be had, which is how this is found out. The descriptor is open read only and has none.
+    """
+    quiet = ffi.new("int *")
+    _call("sa_file_is_quiet", fd, quiet)
+    return bool(quiet[0])
+
+
 def lease_held(fd: int) -> bool:
     """Tell whether a lease is whole: not being broken and not gone."""
     held = ffi.new("int *")

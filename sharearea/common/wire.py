@@ -21,7 +21,7 @@ import msgpack
 
 from .errors import ProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 PAGE_SIZE = 4096
 FINGERPRINT_SIZE = 32
@@ -69,6 +69,7 @@ class Verdict(enum.IntEnum):
     GRANT_BUDGET = 13  # the table of grants or the domain's part of it has no room (Xen)
     DETACHED = 14  # the operator has detached the domain
     REPORT_ONLY = 15  # the file was taken up; nothing is shared in this pool, which only finds out what would be
+    NOT_RESIDENT = 16  # the domain has nothing of the file in memory, and nobody has brought its root
 
     @property
     def code(self) -> str:
@@ -217,7 +218,11 @@ class Hello(Message):
 
 @dataclass(frozen=True, slots=True)
 class Roots(Message):
-    """Files, by their roots. A file that is not wholly resident has NO_ROOT and says how many pages it will report.
+    """Files, by their roots. A file that is not wholly known has NO_ROOT and says how many pages it will report.
+
+    A root with a count of 0 is of a file that the domain knows and has nothing of in memory: it asks whether the area
+    has the pages, so that it need not read them. Such a file is nobody's copy, and no bytes can be had from it. Once
+    the domain has read some of it, it says the same again with the count of all pages.
 
     `classes` has four uint32 for each file: first page and count of its executable text, first page and count of what
     is mapped read-only; zeros for a file that is no program. They are for statistics only.
@@ -307,6 +312,7 @@ class AgentStats(Message):
     attached_files: int = uint(2**53)
     attached_pages: int = uint(2**53)
     dropped_pages_total: int = uint(2**53)
+    unread_pages_total: int = uint(2**53)  # shared pages that were never read from a disk
     private_bytes: int = uint(2**53)
     total_bytes: int = uint(2**53)  # MemTotal of the guest
     available_bytes: int = uint(2**53)  # MemAvailable of the guest
