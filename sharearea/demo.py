@@ -38,6 +38,7 @@ from .common.control import ask
 from .common.errors import HostError, PeerUnreachable, UsageError, VerificationFailed
 from .common.globs import Outcome
 from .common.wire import PAGE_SIZE
+from .demo_disk import Disk, lacking, make_image
 from .policy import PoolRules
 
 POOL: Final = "demo"
@@ -69,6 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="files of its own that each domain gets, as a part of --size-mib (default: 0.1)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    parser.add_argument(
+        "--no-cold-start", action="store_true", help="leave out the last domain, whose disk is a copy of another's"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the folder with the domains and the logs")
     parser.add_argument(
         "--work-dir",
@@ -84,6 +88,7 @@ class _Domain:
 
     name: str
     root: Path
+    own_disk: bool = False  # the root is a file system of its own, and the agent's cache is in it
     files: list[Path] = field(default_factory=list)
     agent: subprocess.Popen[bytes] | None = None
     consumer: subprocess.Popen[str] | None = None
@@ -101,6 +106,8 @@ class _Domain:
     @property
     def cache(self) -> Path:
         """The agent's fingerprint cache."""
+        if self.own_disk:
+            return self.root / "agent" / "fingerprints.db"
         return self.root.parent / f"{self.name}.cache" / "fingerprints.db"
 
 
@@ -209,6 +216,8 @@ class _Demo:
         self.status_socket = work / "status.sock"
         self.logs: list[IO[bytes]] = []
         self.seconds: dict[str, float] = {}
+        self.disk: Disk | None = None
+        self.late: list[_Domain] = []  # those of the cold start
 
     # ------------------------------------------------------------------------------------------------------ the run
 
@@ -238,6 +247,7 @@ class _Demo:
             after = self._cached_bytes()
             meminfo_after = _meminfo()
             figures = self._figures(counted, before, after, verified)
+            figures["cold_start"] = self._cold_start(progress)
             figures["meminfo"] = {
                 key: {"before": meminfo_before[key], "after": meminfo_after[key]}
                 for key in ("MemFree", "MemAvailable", "Cached", "Shmem")
@@ -304,11 +314,14 @@ class _Demo:
             self.broker = self._spawn("broker", [_command("sharearea"), "broker", "--config", os.fspath(config)])
         _wait_for(lambda: self._status() is not None, _START_S, "the broker", self._check_alive)
         for domain in self.domains:
-            config = self.work / f"{domain.name}.toml"
-            config.write_text(_agent_toml(domain, self.work))
-            command = [_command("sharearea-agent"), "run", "--config", os.fspath(config)]
-            with self.interrupts.held():
-                domain.agent = self._spawn(domain.name, command)
+            self._start_agent(domain)
+
+    def _start_agent(self, domain: _Domain) -> None:
+        config = self.work / f"{domain.name}.toml"
+        config.write_text(_agent_toml(domain, self.work))
+        command = [_command("sharearea-agent"), "run", "--config", os.fspath(config)]
+        with self.interrupts.held():
+            domain.agent = self._spawn(domain.name, command)
 
     def _spawn(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
         log = (self.work / f"{name}.log").open("wb")
@@ -373,24 +386,7 @@ class _Demo:
         task = progress.add_task(phase, total=sum(len(domain.files) for domain in self.domains))
         begun = time.monotonic()
         for domain in self.domains:
-            if domain.consumer is None:
-                listing = self.work / f"{domain.name}.list"
-                listing.write_bytes(b"\n".join(os.fsencode(path) for path in domain.files))
-                log = (self.work / f"{domain.name}.consumer.log").open("wb")
-                self.logs.append(log)
-                module = "sharearea_agent.demo_consumer"
-                with self.interrupts.held():
-                    domain.consumer = subprocess.Popen(
-                        [sys.executable, "-m", module, os.fspath(listing), os.fspath(domain.consumers)],
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        stderr=log,
-                        text=True,
-                        start_new_session=True,
-                    )
-            assert domain.consumer.stdin is not None
-            domain.consumer.stdin.write(phase + "\n")
-            domain.consumer.stdin.flush()
+            self._tell_consumer(domain, phase)
         sums: Counter[str] = Counter()
         done = dict.fromkeys((domain.name for domain in self.domains), 0)
         for domain in self.domains:
@@ -404,6 +400,124 @@ class _Demo:
         if phase in ("attach", "verify"):
             self.seconds[phase] = time.monotonic() - begun
         return dict(sums)
+
+    def _tell_consumer(self, domain: _Domain, phase: str) -> None:
+        """Have a domain's program begin a phase; start it first if it does not run."""
+        if domain.consumer is None:
+            listing = self.work / f"{domain.name}.list"
+            listing.write_bytes(b"\n".join(os.fsencode(path) for path in domain.files))
+            log = (self.work / f"{domain.name}.consumer.log").open("wb")
+            self.logs.append(log)
+            module = "sharearea_agent.demo_consumer"
+            with self.interrupts.held():
+                domain.consumer = subprocess.Popen(
+                    [sys.executable, "-m", module, os.fspath(listing), os.fspath(domain.consumers)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    start_new_session=True,
+                )
+        assert domain.consumer.stdin is not None
+        domain.consumer.stdin.write(phase + "\n")
+        domain.consumer.stdin.flush()
+
+    # ------------------------------------------------------------------------------------------------ the cold start
+
+    def _cold_start(self, progress: Progress) -> dict[str, Any]:
+        """Start a domain from a copy of another one's disk, without and with sharing: what does it read from the disk?
+
+        The template has the common files and the fingerprint cache of the agent that ran in it, and was shut down.
+        """
+        why_not = "left out" if self.options.no_cold_start else lacking()
+        if why_not:
+            return {"why_not": why_not}
+        template, cold = self.work / "template.img", self.work / "cold.img"
+        folder = self.domains[0].root / "common"
+        names = [path.relative_to(folder) for path in self.domains[0].files if path.is_relative_to(folder)]
+        size = sum((folder / name).stat().st_size for name in names)
+        task = progress.add_task("copy a disk", total=None)
+        # A quarter more, for what is left of blocks, folders and the journal.
+        make_image(template, folder, size * 5 // 4 + 64 * _MIB)
+        with self._domain_on(template, "demo-template", names) as domain:
+            for path in domain.files:
+                _read_through(path)
+            # A file that may have been written in this very tick of the clock is not believed (cache.py), and images
+            # have whole seconds only.
+            time.sleep(max(0.0, max(path.stat().st_ctime for path in domain.files) + 3 - time.time()))
+            self._start_agent(domain)
+            self._phase(progress, "look at it", lambda: self._seen(domain), quiet=True)
+        subprocess.run(["cp", "--sparse=always", template, cold], check=True)
+        template.unlink()
+        progress.update(task, completed=1, total=1)
+        found: dict[str, Any] = {"bytes": size, "files": len(names)}
+        hashes = set()
+        for way in ("without", "with"):
+            with self._domain_on(cold, f"demo-{way}", names) as domain:
+                if way == "with":
+                    self._start_agent(domain)
+                    self._phase(progress, "cold start", lambda: self._offered(domain), quiet=True)
+                result = self._read_all(domain)
+                hashes.add(result["sha256"])
+                assert self.disk is not None
+                found |= {
+                    f"device_bytes_{way}": self.disk.read_bytes,
+                    f"program_bytes_{way}": result["read_bytes"],
+                    f"seconds_{way}": round(result["seconds"], 3),
+                }
+                if way == "with":
+                    status = _agent_status(domain)
+                    found["unread_bytes"] = (status["unread_pages_total"] if status else 0) * PAGE_SIZE
+        if len(hashes) > 1:
+            raise VerificationFailed("a domain that started cold read other bytes than its disk has", "run with --keep")
+        cold.unlink()
+        return found | {"device_ratio": round(found["device_bytes_with"] / max(1, found["device_bytes_without"]), 5)}
+
+    @contextlib.contextmanager
+    def _domain_on(self, image: Path, name: str, names: list[Path]) -> Iterator[_Domain]:
+        """Mount a disk as a domain's root; at the end its processes end and it is unmounted."""
+        domain = _Domain(name, self.work / name, own_disk=True)
+        domain.files = [domain.root / path for path in names]
+        with self.interrupts.held():
+            self.disk = Disk(image, domain.root)
+            self.late.append(domain)
+        try:
+            yield domain
+        finally:
+            with self.interrupts.held():
+                self._stop_late()
+
+    def _stop_late(self) -> None:
+        """End what belongs to the cold start, and unmount its disk."""
+        for domain in self.late:
+            for process in (domain.consumer, domain.agent):
+                if process is not None:
+                    process.terminate()
+                    _end(process)
+        self.late.clear()
+        if self.disk is not None:
+            disk, self.disk = self.disk, None
+            disk.close()
+
+    def _seen(self, domain: _Domain) -> tuple[float, float]:
+        """Return how many files the agent knows for good. What was evicted before it looked is read once more."""
+        for path in domain.files:
+            _read_through(path)
+        status = _agent_status(domain)
+        return (status["proven_files"] if status else 0), len(domain.files)
+
+    def _offered(self, domain: _Domain) -> tuple[float, float]:
+        status = _agent_status(domain)
+        return (status["offered_files"] if status else 0), len(domain.files)
+
+    def _read_all(self, domain: _Domain) -> dict[str, Any]:
+        """Have the domain's program open all files and read them; return what it says, seconds for both together."""
+        seconds = 0.0
+        for phase in ("attach", "read"):
+            self._tell_consumer(domain, phase)
+            result = next(line for line in _lines(domain) if "result" in line)
+            seconds += result["seconds"]
+        return result | {"seconds": seconds}
 
     def _attached(self) -> tuple[float, float]:
         """Wait for files that were not offered yet when they were opened."""
@@ -521,6 +635,7 @@ class _Demo:
 
     def stop(self) -> None:
         """End all processes that the demo started, the broker first: the last that its log says is what was shared."""
+        self._stop_late()
         for group in (
             [self.broker],
             [domain.agent for domain in self.domains],
@@ -654,6 +769,7 @@ def _agent_toml(domain: _Domain, work: Path) -> str:
         f'[agent]\nname = "{domain.name}"\nroot = "{domain.root}"\nfolders = ["{domain.root}"]\n'
         f'broker_socket = "{work}/broker.sock"\nconsumer_socket = "{domain.consumers}"\n'
         f'control_socket = "{domain.control}"\ncache = "{domain.cache}"\nmax_attached_files = 16384\n{_OFTEN}'
+        + ('rescan_interval = "1 s"\n' if domain.own_disk else "")
     )
 
 
@@ -687,6 +803,25 @@ def _cached_file_bytes(path: Path) -> int:
         os.close(fd)
 
 
+def _cold_rows(cold: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    if "why_not" in cold:
+        yield "cold start", "-", f"a last domain, on a copy of another's disk: {cold['why_not']}"
+        return
+    yield (
+        "cold start",
+        f"{cold['device_ratio']:.2%}",
+        f"of what a copy of a disk was read without: {cold['device_bytes_with'] / _MIB:,.1f} of "
+        f"{cold['device_bytes_without'] / _MIB:,.1f} MiB by its own counter",
+    )
+    yield (
+        "",
+        "",
+        f"the program itself: {cold['program_bytes_with'] / _MIB:,.1f} of "
+        f"{cold['program_bytes_without'] / _MIB:,.1f} MiB (/proc/self/io), "
+        f"{cold['seconds_with']:.1f} of {cold['seconds_without']:.1f} s",
+    )
+
+
 def _print_figures(console: Console, figures: dict[str, Any]) -> None:
     def size(key: str) -> str:
         return f"{figures[key] / _MIB:,.1f} MiB"
@@ -718,6 +853,7 @@ def _print_figures(console: Console, figures: dict[str, Any]) -> None:
             size("verified_bytes"),
             f"read back and compared by SHA-256; {figures['mismatched_bytes']} bytes differ",
         ),
+        *_cold_rows(figures["cold_start"]),
         ("time", f"{seconds['total']:.1f} s", ", ".join(f"{k} {v:.1f}" for k, v in seconds.items() if k != "total")),
         ("CPU", f"{cpu['broker'] + cpu['agents']:.1f} s", f"broker {cpu['broker']:.1f}, agents {cpu['agents']:.1f}"),
     ]

@@ -210,6 +210,7 @@ class Plan:
     destroy: float  # weights of steps
     save: float
     area_lost: float
+    cold_start: float  # instead of an eviction
 
     @classmethod
     def draw(cls, rng: random.Random) -> Plan:
@@ -248,7 +249,7 @@ class Plan:
             cut=faults * sometimes(0.5, 1.5),
             agent_crash=faults * sometimes(0.4, 0.8),
             hang=faults * sometimes(0.4, 1.5),
-            racy=faults * sometimes(0.2, 0.3),
+            racy=faults * sometimes(0.3, 0.3),
             symbols=rng.choice((3, 8, 20)),
             key_lost=rng.choice((0.0, 0.3)),
             drop=rng.random() < 0.7,
@@ -261,6 +262,7 @@ class Plan:
             destroy=faults * sometimes(0.5, 0.6),
             save=faults * sometimes(0.5, 0.8),
             area_lost=faults * sometimes(0.4, 0.25),
+            cold_start=faults * sometimes(0.5, 0.7),
         )
 
 
@@ -2398,7 +2400,7 @@ class World:
         rng = self.rng
         path = b"/usr/f%d" % rng.randrange(6)
         inode = guest.fs.get(path)
-        choice = rng.randrange(24)
+        choice = rng.randrange(27)
         if choice < 3 or inode is None:
             if inode is None or choice == 0:
                 self._create(guest, path)
@@ -2429,14 +2431,15 @@ class World:
         elif choice < 20:
             inode.resident = set(range(len(inode.symbols)))
             guest.look(path)
-        elif choice == 20:
-            keep = rng.choice((0.5, 0.0))
-            inode.resident = {page for page in inode.resident if self.chance(keep)}
-            if self.faults and self.chance(0.3):  # it starts cold: another agent, and nothing in memory
+        elif choice in (20, 24, 25, 26):
+            if self.faults and self.chance(self.plan.cold_start):  # another agent, and nothing in memory
                 guest.kill()
                 for each in guest.fs.values():
                     each.resident = set()
-            guest.look(path)
+            else:
+                keep = rng.choice((0.5, 0.0))
+                inode.resident = {page for page in inode.resident if self.chance(keep)}
+                guest.look(path)
         else:
             self._consume_end(guest)
 

@@ -1497,6 +1497,7 @@ class Agent:
             "files": stats.files,
             "resident_pages": stats.resident_pages,
             "zero_pages": stats.zero_pages,
+            "proven_files": sum(file.version is not None and file.version.proven for file in self._files.values()),
             "reports": verdicts,
             "offered_files": sum(1 for file in self._files.values() if file.available),
             "attached_files": stats.attached_files,

@@ -2,7 +2,8 @@
 
 `python -m sharearea_agent.demo_consumer LIST [SOCKET]`: LIST has one path per line. Speaks with the demo in JSON lines:
 it prints `{"phase": ..., "done": n, "of": n}` as it goes and a result for each phase, and begins each phase when it
-reads a line on its standard input: attach, verify, close. The comparison uses SHA-256, which nothing else here does.
+reads a line on its standard input: attach, state, verify, read, close. Verify compares by SHA-256, which nothing else
+here does; read only reads what is mapped, and tells what it read from a disk for that.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def main() -> int:
             result = _state(files)
         elif phase == "verify":
             result = _verify(files)
+        elif phase == "read":
+            result = _read(files)
         elif phase == "close":
             for _, shared in files:
                 shared.close()
@@ -81,6 +84,23 @@ def _verify(files: list[tuple[bytes, SharedFile]]) -> dict[str, object]:
         if at % _STEP == 0:
             _say({"phase": "verify", "done": at, "of": len(files)})
     return {"verified_bytes": verified, "mismatched_bytes": mismatched}
+
+
+def _read(files: list[tuple[bytes, SharedFile]]) -> dict[str, object]:
+    digest = hashlib.sha256()
+    for at, (_, shared) in enumerate(files, 1):
+        digest.update(shared)
+        if at % _STEP == 0:
+            _say({"phase": "read", "done": at, "of": len(files)})
+    return {"sha256": digest.hexdigest(), "read_bytes": _read_from_disks()}
+
+
+def _read_from_disks() -> int:
+    """Return what this process has caused to be read from disks, by the kernel's account."""
+    for line in Path("/proc/self/io").read_text().splitlines():
+        if line.startswith("read_bytes:"):
+            return int(line.split()[1])
+    return 0
 
 
 def _file_hash(path: bytes) -> bytes:
