@@ -467,7 +467,7 @@ class _Demo:
                 }
                 if way == "with":
                     status = _agent_status(domain)
-                    found["unread_bytes"] = (status["unread_pages_total"] if status else 0) * PAGE_SIZE
+                    found["unread_bytes"] = (status["unread_pages"] if status else 0) * PAGE_SIZE
         if len(hashes) > 1:
             raise VerificationFailed("a domain that started cold read other bytes than its disk has", "run with --keep")
         cold.unlink()

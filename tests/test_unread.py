@@ -216,7 +216,7 @@ def test_a_program_gets_it_without_its_being_read() -> None:
     guest.feed(ag.Compared(KEY, share.generation, 10), ag.ConsumerMapped(1, 1, share.generation, PAGES, MAPPED_DONE))
     assert guest.file()["unread_pages"] == 90
     guest.feed(ag.Dropped(10, ((KEY, 15),)))  # somebody has read five more
-    assert guest.agent.status()["unread_pages_total"] == 75  # the ten counted twice: never too many
+    assert guest.agent.status()["unread_pages"] == 75  # the ten counted twice: never too many
 
 
 def test_what_was_compared_after_all_is_not_unread() -> None:
@@ -238,14 +238,14 @@ def test_pages_of_one_content_are_unread_once() -> None:
     for _ in range(2):
         share = guest.grant()
         guest.feed(ag.Compared(KEY, share.generation, 0))
-        assert guest.agent.status()["unread_pages_total"] == PAGES
+        assert guest.agent.status()["unread_pages"] == PAGES
         guest.feed(ag.Detach(None))
         guest.feed(ag.ConsumerLetGo(1, 1, share.generation))
         guest.feed(ag.Reattach())
-    assert guest.agent.status()["unread_pages_total"] == PAGES
+    assert guest.agent.status()["unread_pages"] == PAGES
     guest.feed(ag.Detach(None), ag.Observed((seen(resident=True, identity=FileIdentity(IDENTITY.size, 2, 2)),)))
     guest.feed(ag.LeaseRefused(KEY, "written"))
-    assert guest.agent.status()["unread_pages_total"] == PAGES
+    assert guest.agent.status()["unread_pages"] == PAGES
     assert guest.file()["unread_pages"] == 0
 
 

@@ -1503,7 +1503,7 @@ class Agent:
             "attached_files": stats.attached_files,
             "attached_pages": stats.attached_pages,
             "dropped_pages_total": stats.dropped_pages_total,
-            "unread_pages_total": stats.unread_pages_total,
+            "unread_pages": stats.unread_pages,
             "private_bytes": stats.private_bytes,
             "consumers": len({consumer for consumer, _ in self._uses}),
         }

@@ -117,11 +117,12 @@ def _status(options: argparse.Namespace) -> int:
         print("  detached by the operator: programs use their plain files until `sharearea-agent reattach`")
     reports = ", ".join(f"{count} {word}" for word, count in sorted(status["reports"].items())) or "none"
     for label, text in (
-        ("files with resident pages", f"{status['files']} ({reports})"),
+        ("files that are known", f"{status['files']} ({reports})"),
         ("resident", _mib(status["resident_pages"])),
         ("of that zero pages", _mib(status["zero_pages"])),
         ("files with pages in the area", str(status["offered_files"])),
         ("attached", f"{status['attached_files']} files, {_mib(status['attached_pages'])} mapped from the area"),
+        ("of that never read from a disk", _mib(status["unread_pages"])),
         ("dropped from the page cache", f"{_mib(status['dropped_pages_total'])} in all"),
         ("programs", str(status["consumers"])),
         ("agent's private memory", f"{status['private_bytes'] / (1 << 20):.1f} MiB"),

@@ -214,6 +214,7 @@ _pages("published_pages_total", "Pages that were published since the broker star
 _pages("mismatched_pages_total", "Pages since the start whose bytes were not what was reported.")
 _pages("granted_pages_total", "Pages that were granted since the start.")
 _pages("dropped_pages_total", "Page cache that agents say their kernels gave up since they started.")
+_pages("unread_pages", "Shared pages that were never read from a disk, as agents say (docs/cold-start.md).")
 _pages("zero_pages", "Resident pages that are all zeros, as agents say: counted apart, never shared.")
 _pages("self_shared_pages", "Pages that a domain holds more than once: copies beyond the first, zero pages left out.")
 _pages("attached_pages", "Pages of the area that programs of the domain map, as its agent says.")
@@ -852,8 +853,8 @@ _event(
     "metric host info success",
     "pool mode domains files contents known_pages common_pages pages_published pages_shared pages_sharing "
     "pages_pending published_pages_total mismatched_pages_total granted_pages_total zero_pages self_shared_pages "
-    "dropped_pages_total area_bytes area_max_bytes area_fill_ratio segments slots unmapped_bytes given_up_bytes "
-    "saved_bytes net_saved_bytes overhead_bytes table_bytes store_bytes possible_saved_bytes "
+    "dropped_pages_total unread_pages area_bytes area_max_bytes area_fill_ratio segments slots unmapped_bytes "
+    "given_up_bytes saved_bytes net_saved_bytes overhead_bytes table_bytes store_bytes possible_saved_bytes "
     + _CLASSES
     + _MAPPED
     + " ".join(f"slots_held_by_{n}" for n in OWNER_BUCKETS)
@@ -869,8 +870,8 @@ _event(
     "metric host info success",
     "pool domain state",
     "uid domid files file_bytes owned_files owned_pages held_pages reports_under_way zero_pages self_shared_pages "
-    "distinct_pages common_pages attached_files attached_pages dropped_pages_total agent_private_bytes memory_bytes "
-    "available_bytes pressure given_up_bytes share_bytes net_bytes ignored_files ignored_bytes strikes target_bytes "
+    "distinct_pages common_pages attached_files attached_pages dropped_pages_total unread_pages agent_private_bytes "
+    "memory_bytes available_bytes pressure given_up_bytes share_bytes net_bytes ignored_files ignored_bytes strikes target_bytes "
     "entitled_bytes taken_bytes grace_left_ms barred_ms possible_given_up_bytes possible_share_bytes "
     "possible_net_bytes " + _CLASSES + _MAPPED,
 )

@@ -338,7 +338,7 @@ STATES: Final[dict[str, Explanation]] = {
         ("zero-pages", "all of its pages are zeros: they are counted apart and never shared", "nothing"),
         (
             "not-resident",
-            "no page of the file is in the guest's page cache, so nothing is kept twice",
+            "no page of the file is in the guest's page cache, and the area has not got it from another guest",
             "nothing: it is reported when somebody reads it",
         ),
         ("publishing", "its pages are wanted in the area and on their way", _BY_ITSELF),

@@ -312,7 +312,7 @@ class AgentStats(Message):
     attached_files: int = uint(2**53)
     attached_pages: int = uint(2**53)
     dropped_pages_total: int = uint(2**53)
-    unread_pages_total: int = uint(2**53)  # shared pages that were never read from a disk
+    unread_pages: int = uint(2**53)  # shared pages that were never read from a disk
     private_bytes: int = uint(2**53)
     total_bytes: int = uint(2**53)  # MemTotal of the guest
     available_bytes: int = uint(2**53)  # MemAvailable of the guest

@@ -68,6 +68,7 @@ SELECT
     (SELECT (sum(growth) * 4096)::BIGINT FROM counters
         WHERE counters.host = domain_statistics.host AND counters.pool = domain_statistics.pool
         AND counters.domain = domain_statistics.domain AND counter = 'dropped_pages_total') AS dropped_bytes,
+    unread_pages * 4096 AS unread_bytes,
     time, is_current
 FROM domain_statistics
 ORDER BY is_current DESC, net_bytes DESC, host, pool, domain
@@ -137,6 +138,7 @@ def overview(logs: Logs) -> Row:
         "SELECT coalesce(sum(files), 0)::BIGINT AS refused_files, coalesce(sum(bytes), 0)::BIGINT AS refused_bytes "
         "FROM refusals WHERE stage IN ('scan', 'report')"
     )
+    [avoided] = logs.query("SELECT sum(io_avoided_bytes)::BIGINT AS io_avoided_bytes FROM io_avoided")
     classes: Row = {}
     for row in logs.query(
         "SELECT kind, class, sum(bytes)::BIGINT AS bytes FROM page_classes WHERE domain = '' GROUP BY ALL"
@@ -150,7 +152,7 @@ def overview(logs: Logs) -> Row:
         | grown
         | extremes
         | refused
-        | {"io_avoided_bytes": None}
+        | avoided
         | {"page_classes": dict(sorted(classes.items())), "owners": dict(sorted(owners.items()))}
     )
 

@@ -452,8 +452,8 @@ def _reading(snapshot: Snapshot) -> list[Any]:
             [
                 "I/O avoided: ",
                 html.Strong(_amount(Amount(reading.get("io_avoided_bytes")), id="io-avoided")),
-                ". No program counts readings that did not happen (docs/events.md says why): a program compares a "
-                "shared page with its own file before it maps it, and reads the file for that.",
+                " of what is shared now was never read from a disk: it was not in the page cache when it was mapped, "
+                "and nobody has read it since (docs/cold-start.md).",
             ]
         ),
         html.P(

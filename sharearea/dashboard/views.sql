@@ -101,6 +101,7 @@ SELECT
     "sharearea.mismatched_pages_total" AS "mismatched_pages_total",
     "sharearea.granted_pages_total" AS "granted_pages_total",
     "sharearea.dropped_pages_total" AS "dropped_pages_total",
+    "sharearea.unread_pages" AS "unread_pages",
     "sharearea.zero_pages" AS "zero_pages",
     "sharearea.self_shared_pages" AS "self_shared_pages",
     "sharearea.attached_pages" AS "attached_pages",
@@ -257,6 +258,7 @@ FROM read_json(
         'sharearea.mismatched_pages_total': 'BIGINT',
         'sharearea.granted_pages_total': 'BIGINT',
         'sharearea.dropped_pages_total': 'BIGINT',
+        'sharearea.unread_pages': 'BIGINT',
         'sharearea.zero_pages': 'BIGINT',
         'sharearea.self_shared_pages': 'BIGINT',
         'sharearea.attached_pages': 'BIGINT',
@@ -650,10 +652,13 @@ SELECT
     grants_used, grants_max, grants_pinned, domain_grants_max, grants_used / nullif(grants_max, 0) AS grants_fill_ratio
 FROM pool_statistics WHERE is_current;
 
--- Pages that need not be read from a disk again because the area has them. No program counts them yet (docs/events.md
--- says why), so `io_avoided_bytes` is NULL: not known. `dropped_bytes`: page cache that guests gave up since.
+-- What was not read from a disk because the area had it, of pages that are shared now (NULL: of logs from before it was
+-- counted), and `dropped_bytes`: page cache that guests gave up in the window, again and again counted.
 CREATE OR REPLACE VIEW io_avoided AS
-SELECT
-    host, pool, NULL::BIGINT AS io_avoided_bytes, (sum(growth) * 4096)::BIGINT AS dropped_bytes
-FROM counters WHERE counter = 'dropped_pages_total'
-GROUP BY ALL;
+SELECT host, pool, io_avoided_bytes, dropped_bytes
+FROM (SELECT host, pool, unread_pages * 4096 AS io_avoided_bytes FROM pool_statistics WHERE is_current)
+FULL JOIN (
+    SELECT host, pool, (sum(growth) * 4096)::BIGINT AS dropped_bytes
+    FROM counters WHERE counter = 'dropped_pages_total'
+    GROUP BY ALL
+) USING (host, pool);

@@ -267,7 +267,7 @@ def test_the_numbers_on_the_page_are_those_of_the_logs(demo: Path, served: Dashb
     assert budget[:3] == ["demo", last["sharearea.area_bytes"], last["sharearea.area_max_bytes"]]
     read = sum(event["sharearea.read_bytes"] for event in events_of(demo, "scan.finished"))
     assert page.locator("#io-read").get_attribute("data-n") == str(read)
-    assert page.locator("#io-avoided").inner_text() == "not known"
+    assert page.locator("#io-avoided").inner_text() == "0 B"
 
     told = [event for event in events_of(demo) if event["event.kind"] != "metric"]
     assert page.locator("#events-about").inner_text() == f"{len(told):,} of all kinds but figures"
