@@ -871,8 +871,8 @@ _event(
     "pool domain state",
     "uid domid files file_bytes owned_files owned_pages held_pages reports_under_way zero_pages self_shared_pages "
     "distinct_pages common_pages attached_files attached_pages dropped_pages_total unread_pages agent_private_bytes "
-    "memory_bytes available_bytes pressure given_up_bytes share_bytes net_bytes ignored_files ignored_bytes strikes target_bytes "
-    "entitled_bytes taken_bytes grace_left_ms barred_ms possible_given_up_bytes possible_share_bytes "
+    "memory_bytes available_bytes pressure given_up_bytes share_bytes net_bytes ignored_files ignored_bytes strikes "
+    "target_bytes entitled_bytes taken_bytes grace_left_ms barred_ms possible_given_up_bytes possible_share_bytes "
     "possible_net_bytes " + _CLASSES + _MAPPED,
 )
 _event(

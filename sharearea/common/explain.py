@@ -89,6 +89,11 @@ EXPLANATIONS: Final[dict[str, Explanation]] = {
             'the pool has mode = "report": it only counts what sharing would bring',
             'write mode = "share"',
         ),
+        (
+            "not-resident",
+            "no page of the file is in the guest's page cache, and the area has not got it from another guest",
+            "nothing: it is reported when somebody reads it",
+        ),
         # ------------------------------------------------------ what the agent leaves out when it looks
         (
             "not-world-readable",
@@ -336,11 +341,6 @@ STATES: Final[dict[str, Explanation]] = {
             "wait until another guest of the pool has the same file in its page cache, or its version really differs",
         ),
         ("zero-pages", "all of its pages are zeros: they are counted apart and never shared", "nothing"),
-        (
-            "not-resident",
-            "no page of the file is in the guest's page cache, and the area has not got it from another guest",
-            "nothing: it is reported when somebody reads it",
-        ),
         ("publishing", "its pages are wanted in the area and on their way", _BY_ITSELF),
         (
             "undelivered",
