@@ -20,11 +20,13 @@ from typing import Any, Final
 
 from sharearea.common.control import ask
 from sharearea.common.errors import HostError
+from sharearea.model import PoolId
+from sharearea.policy import Policy, PoolRules
 from sharearea_agent.preload import environment, library
 
 from .copies import install
 from .fleet import start_broker
-from .host import MIB, OpenFiles, Processes, check_room, command, memory_of, status_of
+from .host import MIB, OpenFiles, Processes, cached_file_bytes, check_room, command, memory_of, status_of
 from .report import Samples, Tell, interval
 from .runs import CLUSTER, SEATS, Program, Running
 
@@ -42,6 +44,8 @@ PROGRAMS: Final = (
     "lmdb",
 )
 _DOMAINS: Final = ("bench-1", "bench-2")
+_POOL: Final = PoolId("bench")
+_MAX_FILE: Final = 1024 * MIB
 _POLL_S: Final = 0.25
 _STABLE_S: Final = 7.0  # longer than the agent's drop_interval
 _LIMIT_S: Final = 90.0
@@ -101,7 +105,7 @@ def run(sizes: Sizes, work: Path, tell: Tell) -> Samples:
                 domain.programs[name] = made
     _open_to_all(folder)
     with Processes(folder) as processes:
-        start_broker(processes, folder, max_file_bytes=1 << 30)
+        start_broker(processes, folder, max_file_bytes=_MAX_FILE)
         for domain in domains:
             _start_agent(processes, folder, domain)
         for name in domains[0].programs:
@@ -164,6 +168,7 @@ def _measure(found: Samples, sizes: Sizes, domains: Sequence[_Domain], name: str
                 name,
                 attached_bytes=_attached(domains[0]),
                 one_domain_after_bytes=first.cached_bytes(),
+                left_out_bytes=sum(cached_file_bytes(path) for path in paths[0] if _is_left_out(path, domains[0].root)),
                 private_shared_bytes=_private(shared[0]),
             )
     found.ratio(name, "kept_ratio", (name, "one_domain_after_bytes"), (name, "one_domain_before_bytes"))
@@ -272,6 +277,12 @@ def _in_all(domains: Sequence[_Domain], name: str, *, shim: bool) -> Iterator[li
             )
             for domain in domains
         ]
+
+
+def _is_left_out(path: Path, root: Path) -> bool:
+    """Say whether a file stays out by the default rules, which exclude libraries for ciphers."""
+    policy = Policy({_POOL: PoolRules(_POOL, max_file_bytes=_MAX_FILE)}, ())
+    return policy.judge(_POOL, os.fsencode(f"/{path.relative_to(root)}"), path.stat().st_size)[0] is not None
 
 
 def _private(one: Running) -> int:
