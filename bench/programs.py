@@ -60,9 +60,9 @@ class Sizes:
 
     programs: tuple[str, ...] = PROGRAMS
     starts: int = 100
-    lives: int = 60
-    processes: int = 6
-    answers: int = 20
+    lives: int = 30
+    processes: int = 5
+    answers: int = 14
     data_bytes: int = 128 * MIB
     short: bool = False
 

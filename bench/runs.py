@@ -157,6 +157,7 @@ class _Pipe(Running):
 
     def __init__(self, program: Piped, variables: Mapping[str, str]) -> None:
         self.program = program
+        self.ended = False
         self.process = subprocess.Popen(
             program.long, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -177,9 +178,10 @@ class _Pipe(Running):
         return "".join(self._line() for _ in range(self.program.replies))
 
     def end(self) -> list[int]:
-        if self.process.returncode is None:
+        if not self.ended:
+            self.ended = True
             try:
-                self.process.communicate(timeout=_SHORT_S)
+                self.process.communicate(timeout=_SHORT_S)  # closes its input, which is what ends it
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.communicate()

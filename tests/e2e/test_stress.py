@@ -1,7 +1,8 @@
 """An unchanged program under stress (stress.c) while its files are rewritten, replaced and truncated, and agent and
 broker killed: every byte that it reads is what its file held.
 
-Two minutes; SHAREAREA_STRESS_S=3600 for an hour, SHAREAREA_STRESS_SEED for other chances. pytest's -rP shows what it did.
+Two minutes; SHAREAREA_STRESS_S=3600 for an hour (with `-rP -o faulthandler_timeout=0`: what it did is shown, and not
+where it is after five minutes), SHAREAREA_STRESS_SEED for other chances.
 """
 
 from __future__ import annotations
