@@ -215,6 +215,12 @@ def test_programs_say_the_same_with_the_shim_and_leave_their_files_to_it(disk_pa
             assert 0 < low <= found.median(case, f"answer_{kind}_cpu_ratio") <= high
 
 
+def test_what_is_no_program_is_an_error_that_names_the_others(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="no program ngnix") as raised:
+        copies.install("ngnix", tmp_path / "ngnix", MIB)
+    assert all(name in raised.value.hint for name in programs.PROGRAMS)
+
+
 @pytest.mark.parametrize("name", ["postgres", "nginx"])
 def test_servers_run_beside_one_another_and_end_by_themselves(disk_path: Path, name: str) -> None:
     disk_path.chmod(0o755)
