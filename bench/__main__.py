@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "--programs", metavar="NAME,...", help=f"what `programs` measures (default: {','.join(programs.PROGRAMS)})"
     )
     parser.add_argument("--starts", type=int, metavar="N", help="how often `programs` starts each with the shim")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many processes of each answer in `programs`")
     parser.add_argument(
         "--work-dir",
         type=Path,
@@ -141,6 +142,8 @@ def _programs(options: argparse.Namespace) -> programs.Sizes:
         sizes = replace(sizes, programs=tuple(options.programs.split(",")))
     if options.starts is not None:
         sizes = replace(sizes, starts=options.starts)
+    if options.processes is not None:
+        sizes = replace(sizes, processes=options.processes)
     return sizes
 
 
