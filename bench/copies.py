@@ -100,7 +100,7 @@ public class Work {
     static String work() throws Exception {
         MessageDigest digest = MessageDigest.getInstance("SHA-256");
         TreeMap<String, Integer> map = new TreeMap<>();
-        for (int i = 0; i < 20000; i++) map.merge(String.format("%x", i * 7919 % 9973), i, Integer::sum);
+        for (int i = 0; i < 100000; i++) map.merge(String.format("%x", i * 7919 % 9973), i, Integer::sum);
         for (Map.Entry<String, Integer> entry : map.entrySet())
             digest.update((entry.getKey() + entry.getValue()).getBytes("UTF-8"));
         return IntStream.range(0, 8).mapToObj(i -> String.valueOf(digest.digest()[i])).collect(Collectors.joining(","));
