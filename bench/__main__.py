@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="sharearea-bench-", dir=options.work_dir) as folder:
             work = Path(folder)
             work.chmod(0o755)
-            benches = _benches(names, options.quick, work)
+            benches = _benches(names, options, work)
             for name in NAMES:
                 if name in names:
                     found = benches[name](_teller(name, begun))
@@ -87,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: under a minute, and imprecise")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write JSON lines to this file")
     parser.add_argument(
+        "--programs", metavar="NAME,...", help=f"what `programs` measures (default: {','.join(programs.PROGRAMS)})"
+    )
+    parser.add_argument("--starts", type=int, metavar="N", help="how often `programs` starts each with the shim")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many processes of each answer in `programs`")
+    parser.add_argument(
         "--work-dir",
         type=Path,
         default=Path("/var/tmp"),
@@ -100,7 +106,8 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _benches(names: Sequence[str], quick: bool, work: Path) -> dict[str, Callable[[Tell], Samples]]:
+def _benches(names: Sequence[str], options: argparse.Namespace, work: Path) -> dict[str, Callable[[Tell], Samples]]:
+    quick = options.quick
     made: list[dataset.DataSet] = []
     divisor = _QUICK_DIVISOR if quick else 1
     wanted = {"a", "b", "c"} if "memory" in names else {"a", "b"}
@@ -125,8 +132,19 @@ def _benches(names: Sequence[str], quick: bool, work: Path) -> dict[str, Callabl
         "memory": lambda tell: memory.run(
             memory.Sizes(("a",), ("a", "b", "c"), idle_s=1.0 if quick else 5.0), data(tell), work, tell
         ),
-        "programs": lambda tell: programs.run(programs.QUICK if quick else programs.Sizes(), work, tell),
+        "programs": lambda tell: programs.run(_programs(options), work, tell),
     }
+
+
+def _programs(options: argparse.Namespace) -> programs.Sizes:
+    sizes = programs.QUICK if options.quick else programs.Sizes()
+    if options.programs is not None:
+        sizes = replace(sizes, programs=tuple(options.programs.split(",")))
+    if options.starts is not None:
+        sizes = replace(sizes, starts=options.starts)
+    if options.processes is not None:
+        sizes = replace(sizes, processes=options.processes)
+    return sizes
 
 
 def _teller(bench: str, begun: float) -> Tell:

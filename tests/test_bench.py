@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import asking, dataset, estimate, hashing, host, intake, ksm, memory, programs, sharing
-from bench.report import Samples, show
+from bench import asking, copies, dataset, estimate, hashing, host, intake, ksm, memory, programs, runs, sharing
+from bench.report import Samples, interval, show
 from sharearea.common import native
 from sharearea.common.errors import HostError, NativeError
 from sharearea.common.wire import PAGE_SIZE
@@ -204,7 +204,72 @@ def test_programs_say_the_same_with_the_shim_and_leave_their_files_to_it(disk_pa
     assert measured | set(found.skipped) == set(programs.QUICK.programs)
     for case in measured:
         assert found.median(case, "starts_with_other_output") == 0
+        assert found.median(case, "lives_with_other_output") == 0
+        assert found.median(case, "lives_attached") == found.median(case, "lives") == programs.QUICK.lives
         assert found.median(case, "attached_bytes") > found.median(case, "one_domain_after_bytes")
+        assert found.median(case, "left_out_bytes") < found.median(case, "one_domain_after_bytes")
+        for kind in ("shared", "plain", "no_agent"):
+            assert len(found.samples[case, f"start_{kind}_cpu_s"]) == programs.QUICK.starts
+        for kind in ("shared", "again"):
+            low, high = (found.median(case, f"answer_{kind}_{end}_ratio") for end in ("low", "high"))
+            assert 0 < low <= found.median(case, f"answer_{kind}_cpu_ratio") <= high
+
+
+def test_what_is_no_program_is_an_error_that_names_the_others(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="no program ngnix") as raised:
+        copies.install("ngnix", tmp_path / "ngnix", MIB)
+    assert all(name in raised.value.hint for name in programs.PROGRAMS)
+
+
+@pytest.mark.parametrize("name", ["postgres", "nginx"])
+def test_servers_run_beside_one_another_and_end_by_themselves(disk_path: Path, name: str) -> None:
+    disk_path.chmod(0o755)
+    program = copies.install(name, disk_path / name, MIB)
+    if isinstance(program, str):
+        pytest.skip(program)
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(program.running(program.variables, seat)) for seat in range(runs.SEATS)]
+        assert len({one.answer() for one in running}) == 1
+        pids = [pid for one in running for pid in one.processes()]
+        if os.geteuid() == 0:
+            owners = {Path(f"/proc/{pid}").stat().st_uid for pid in pids}
+            assert 65534 in owners, "none runs as another user"
+        assert [sum(one.end()) for one in running] == [0] * runs.SEATS
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    first, second = (program.once(program.variables) for _ in range(2))
+    assert first.said == second.said
+    assert first.cpu_s > 0
+
+
+def test_a_program_that_ends_otherwise_is_not_overlooked(tmp_path: Path) -> None:
+    def piped(script: str) -> runs.Piped:
+        return runs.Piped(tmp_path, {}, ["sh", "-c", script], ["sh", "-c", script])
+
+    scripts = ("echo a", "echo b", "echo a >&2", "echo b >&2", "echo a; exit 1")
+    said = [piped(script).once({"PATH": "/bin"}).said for script in scripts]
+    assert len(set(said)) == len(scripts)
+    with piped("echo ready; read line; echo $line; exit 3").running({"PATH": "/bin"}) as one:
+        assert one.answer() == "\n"
+        assert one.end() == [3]
+    with pytest.raises(HostError, match="exit code -11"):
+        piped("kill -SEGV $$").start({"PATH": "/bin"})
+
+
+@pytest.mark.parametrize(
+    ("groups", "low", "high"),
+    [
+        ([[1.0] * 5] * 3, 1.0, 1.0),
+        ([[1.0] * 50, [2.0] * 50, [2.0] * 50], 1.0, 2.0),  # two processes that differ: however often each was asked
+    ],
+)
+def test_an_interval_is_as_wide_as_processes_differ(groups: list[list[float]], low: float, high: float) -> None:
+    assert interval(groups) == (low, high)
+
+
+def test_an_interval_is_narrower_with_more_values() -> None:
+    few, many = ([[float(value % 10) for value in range(count)]] * 5 for count in (10, 400))
+    below, above = (interval(each, draws=200) for each in (few, many))
+    assert below[0] < above[0] <= 4.5 <= above[1] < below[1]
 
 
 def test_memory_parts_add_up_to_what_the_kernel_says(sleeper: subprocess.Popen[bytes]) -> None:

@@ -53,7 +53,8 @@ static struct file files[FILES];
 static unsigned nfiles;
 static _Atomic bool ending;
 static _Atomic unsigned long counts[16], wrong;
-static const char *const names[] = {"map", "check", "unmap", "protect", "remap", "advise", "fork", "spawn", "over", "signal"};
+static const char *const names[] = {"map",  "check", "unmap", "protect", "remap",  "advise",
+                                    "fork", "spawn", "over",  "signal",  "pages"};
 extern char **environ;
 
 struct thread {
@@ -120,12 +121,18 @@ static void check_page(const struct mapping *mapping, unsigned page)
 		      done, begun);
 }
 
+/* Children count for themselves, and what they counted ends with them. */
 static void check(const struct mapping *mapping)
 {
+	unsigned long pages = 0;
+
 	for (unsigned page = 0; mapping->at && page < mapping->pages; page++) {
-		if (mapping->state[page] != GONE)
-			check_page(mapping, page);
+		if (mapping->state[page] == GONE)
+			continue;
+		check_page(mapping, page);
+		pages++;
 	}
+	atomic_fetch_add(&counts[10], pages);
 }
 
 static void drop(struct mapping *mapping)

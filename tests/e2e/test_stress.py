@@ -1,7 +1,8 @@
 """An unchanged program under stress (stress.c) while its files are rewritten, replaced and truncated, and agent and
 broker killed: every byte that it reads is what its file held.
 
-Two minutes; SHAREAREA_STRESS_S=3600 for an hour, SHAREAREA_STRESS_SEED for other chances.
+Two minutes; SHAREAREA_STRESS_S=3600 for an hour (with `-rP -o faulthandler_timeout=0`: what it did is shown, and not
+where it is after five minutes), SHAREAREA_STRESS_SEED for other chances.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import random
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -139,9 +141,12 @@ def test_no_byte_is_wrong_whatever_happens(host: Host, stress: Path) -> None:
         assert program.popen.stdout is not None
         program.popen.stdin.close()
         said = json.loads(program.popen.stdout.read() or "{}")
+        sys.stdout.write(json.dumps(said) + "\n")
         assert program.popen.wait(60) == 0, program.log.read_text()
         assert said["wrong"] == 0
         assert min(count for name, count in said.items() if name != "wrong") > 0, said
+    changes = {name: file.changes for name, file in files.items()}
+    sys.stdout.write(json.dumps({"most_attached_bytes": most, "changes": changes}) + "\n")
     assert all(file.changes for file in files.values())
     assert most > 0, "nothing was ever shared"
     assert not domains[0].running.events("consumer.hung")
