@@ -157,6 +157,12 @@ int sa_lease_held(int fd, int *ret_held);
  * when there is nothing. *ret_overflow 1: reports were lost, ask sa_lease_held for every lease. */
 int sa_lease_watch_read(int watch_fd, int *ret_fds, size_t max, size_t *ret_n, int *ret_overflow);
 
+/* ----------------------------------------------------------------------------------------------- mount.c */
+
+/* The number of the mount that a file is on, which is never used again; 0 where the kernel has none (before Linux 6.8).
+ * A mount namespace that is made of another has mounts of its own. */
+int sa_mount_id(int fd, uint64_t *ret);
+
 /* ----------------------------------------------------------------------------------------------- table.c */
 
 /* The fingerprint table of one pool: which pages are known, who holds them, which slot has them, who maps the slot.

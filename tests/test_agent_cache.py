@@ -25,6 +25,7 @@ from sharearea_agent.cache import (
     coarse_clock_ns,
     trusted_from_ns,
 )
+from sharearea_agent.common import native
 from sharearea_agent.common.errors import StoreError, StoreFull
 
 EPOCH = b"e" * 16
@@ -91,6 +92,26 @@ def quiet(pages: int) -> CacheEntry:
     return CacheEntry(ROOT, None, pages, 0, quiet=True)
 
 
+def mount_of(path: Path) -> int:
+    with path.open("rb") as file:
+        return native.mount_id(file.fileno())
+
+
+def test_without_a_number_for_its_mount_an_open_cache_is_not_believed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As before Linux 6.8."""
+    monkeypatch.setattr(native, "mount_id", lambda _: 0)
+    with opened(path) as cache:
+        cache.put(at_home(path, 1), identity(3), quiet(3), column(3), NOW)
+    with opened(path) as cache:
+        assert cache.get(at_home(path, 1), identity(3)) is not None
+    edit_about(path, "UPDATE about SET open = ?", boot_id() + b" 0")
+    with opened(path) as cache:
+        assert cache.notice is not None
+        assert cache.get(at_home(path, 1), identity(3)) is None
+
+
 def edit_about(path: Path, sql: str, *values: object) -> None:
     with sqlite3.connect(path) as db:
         db.execute(sql, values)
@@ -148,11 +169,12 @@ def test_a_copy_of_the_file_is_not_believed(path: Path) -> None:
 def test_what_was_open_when_its_guest_ended_is_not_believed(path: Path) -> None:
     with opened(path) as cache:
         cache.put(at_home(path, 1), identity(3), quiet(3), column(3), NOW)
-    edit_about(path, "UPDATE about SET open = ?", boot_id() + b" %d" % path.stat().st_dev)
+    mount = mount_of(path)
+    edit_about(path, "UPDATE about SET open = ?", boot_id() + b" %d" % mount)
     with opened(path) as cache:  # the agent was killed, the guest goes on
         assert cache.notice is None
         assert cache.get(at_home(path, 1), identity(3)) is not None
-    for mark in (b"another-boot %d" % path.stat().st_dev, boot_id() + b" 1"):
+    for mark in (b"another-boot %d" % mount, boot_id() + b" %d" % (mount + 1)):
         edit_about(path, "UPDATE about SET open = ?", mark)
         with opened(path) as cache:
             assert cache.notice is not None
@@ -177,7 +199,7 @@ def test_a_cache_says_on_the_disk_that_it_is_open(path: Path) -> None:
         db.close()
         for left in path.parent.glob("seen.db*"):
             left.unlink()
-    assert marks == [boot_id() + b" %d" % path.parent.stat().st_dev, None]
+    assert marks == [boot_id() + b" %d" % mount_of(path), None]
 
 
 def test_rows_survive_a_restart(path: Path) -> None:

@@ -21,7 +21,7 @@ copy of it. That takes more, for nobody compares such pages with the file any mo
   older state brought back, another image in its place) then happens to the other;
 - the cache is not a copy made by hand: it says by which inode, of which generation, it was written;
 - that file system was not cut off in the middle of a write since. The cache says whether it was closed, and if not,
-  in which boot of the kernel, on which device it was open. One that was not closed is thrown away after a crash: a
+  in which boot of the kernel, by which mount it was open. One that was not closed is thrown away after a crash: a
   page may have reached the disk while the stamp of its change did not.
 
 The side also takes what the disk does not: without a usable file (disk full, no right, damage) the cache goes on with
@@ -45,7 +45,8 @@ from pathlib import Path
 from typing import Final, Self
 
 from .agent import FileIdentity, FileKey
-from .common.errors import StoreError, StoreFull
+from .common import native
+from .common.errors import NativeError, StoreError, StoreFull
 from .common.wire import CLASSES_SIZE, FINGERPRINT_SIZE, NO_CLASSES
 
 APPLICATION_ID: Final = 0x53416670  # "SAfp"
@@ -194,6 +195,7 @@ class FingerprintCache:
         self._side_limit = side_bytes
         self._db: sqlite3.Connection | None = None
         self._dev: int | None = None  # of the file system that the cache is on
+        self._mount = 0  # that it was opened through; 0: the kernel has no number that is never used again
         self._home = b""  # names the cache's own inode; b"": the file system has no such name, and nothing is proven
         self._own: frozenset[FileKey] = frozenset()
         self._writable = True
@@ -219,7 +221,7 @@ class FingerprintCache:
         cache = cls(path, epoch, clock_ns, side_bytes)
         try:
             cache._open_file()
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, NativeError, sqlite3.Error) as error:
             cache._fail(error, "opened")
         return cache
 
@@ -249,6 +251,7 @@ class FingerprintCache:
             if stat.S_IMODE(status.st_mode) != 0o600:
                 os.fchmod(fd, 0o600)
             self._dev, self._home = status.st_dev, _home_of(fd, status.st_ino)
+            self._mount = native.mount_id(fd)
         finally:
             os.close(fd)
 
@@ -279,7 +282,7 @@ class FingerprintCache:
                 return "its fingerprints are of another key"
             if about[0][1] != self._home:
                 return "it is a copy: it does not say what became of the files since"
-            if about[0][2] not in (None, self._open_mark()):
+            if about[0][2] is not None and (not self._mount or about[0][2] != self._open_mark()):
                 return "its file system was not shut down properly, or was copied while an agent was at work on it"
         else:
             db.execute("PRAGMA auto_vacuum = INCREMENTAL")
@@ -301,8 +304,8 @@ class FingerprintCache:
         return None
 
     def _open_mark(self) -> bytes:
-        """Return what says in which boot, on which device the cache is open."""
-        return boot_id() + b" %d" % (self._dev or 0)
+        """Return what says in which boot, through which mount the cache is open."""
+        return boot_id() + b" %d" % self._mount
 
     def _number(self, pragma: str) -> int:
         assert self._db is not None

@@ -168,6 +168,36 @@ static void test_not_broken(void)
 	remove_file(&file);
 }
 
+static void test_quiet(void)
+{
+	const struct file file = make_file();
+	int quiet = 0;
+	int writer;
+
+	CHECK(sa_file_is_quiet(file.fd, &quiet) == 0 && quiet == 1);
+	CHECK(sa_lease_held(file.fd, &quiet) == 0 && quiet == 0); /* it is not kept */
+	writer = open(file.path, O_RDWR);
+	CHECK(writer >= 0 && sa_file_is_quiet(file.fd, &quiet) == 0 && quiet == 0);
+	CHECK(close(writer) == 0);
+	CHECK(sa_file_is_quiet(file.fd, &quiet) == 0 && quiet == 1);
+	CHECK(sa_file_is_quiet(-1, &quiet) == -EBADF && quiet == 0);
+	remove_file(&file);
+}
+
+static void test_mount(void)
+{
+	const int here = open("/", O_RDONLY);
+	const int there = open("/proc", O_RDONLY);
+	uint64_t first = 0;
+	uint64_t second = 0;
+	uint64_t again = 0;
+
+	CHECK(sa_mount_id(here, &first) == 0 && sa_mount_id(there, &second) == 0 && sa_mount_id(here, &again) == 0);
+	CHECK(first == again && (first == 0 ? second == 0 : first != second));
+	CHECK(close(here) == 0 && close(there) == 0);
+	CHECK(sa_mount_id(-1, &first) == -EBADF && first == 0);
+}
+
 static void test_errors(void)
 {
 	int held = 9;
@@ -289,6 +319,8 @@ int main(void)
 	test_broken();
 	test_not_broken();
 	test_errors();
+	test_quiet();
+	test_mount();
 	test_taken_by_a_thread();
 	test_many();
 	test_overflow();

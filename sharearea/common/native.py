@@ -764,6 +764,13 @@ def lease_release(fd: int) -> None:
     _call("sa_lease_release", fd)
 
 
+def mount_id(fd: int) -> int:
+    """Return the number of the mount that a file is on, which no other one ever gets; 0 where the kernel has none."""
+    found = ffi.new("uint64_t *")
+    _call("sa_mount_id", fd, found)
+    return int(found[0])
+
+
 def file_is_quiet(fd: int) -> bool:
     """Tell whether nobody has a file open for writing, or mapped writable, at this instant.
 

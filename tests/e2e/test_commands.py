@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sharearea.demo_disk import lacking
 from tests.lines import faults, read
 
 from .harness import BIN, MIB, PAGE, Host, noise, run, wait
@@ -180,6 +181,7 @@ def test_every_line_of_a_demo_fits_and_says_what_the_demo_says(disk_path: Path) 
     (disk_path / "work").mkdir()
     figures_file = disk_path / "figures.json"
     words = ["--size-mib", "64", "--work-dir", str(disk_path / "work"), "--json", str(figures_file), "--keep"]
+    words += ["--no-cold-start"]  # its domain would be in the lines that are compared
     done = run("sharearea", "demo", *words)
     assert done.returncode == 0, done.stderr + done.stdout
     figures = json.loads(figures_file.read_text())
@@ -226,4 +228,13 @@ def test_demo(disk_path: Path) -> None:
     assert figures["saved_ratio"] > 0.9
     assert figures["saved_bytes"] <= figures["possible_saved_bytes"]
     assert "net saved" in done.stdout
+    cold = figures["cold_start"]
+    if "why_not" in cold:
+        assert lacking()
+        assert cold["why_not"] in done.stdout
+    else:
+        assert cold["program_bytes_without"] >= cold["bytes"]
+        assert cold["program_bytes_with"] < cold["bytes"] // 10  # Python's own, where that was evicted
+        assert cold["device_bytes_with"] < MIB
+        assert cold["unread_bytes"] >= cold["bytes"]
     assert list(work.iterdir()) == []
