@@ -76,7 +76,30 @@ class Difference:
     """Seen only in guests of this kind ("PV", "PVH") or, "attached", only with granted pages."""
 
 
-DIFFERENCES: Final[tuple[Difference, ...]] = ()
+DIFFERENCES: Final = (
+    Difference(
+        "(access|opening): .*", "'EACCES'", "'EROFS'", "writing is refused for the view before it is for the file"
+    ),
+    Difference("opening: .* 3", r"\[.*", "'EROFS'", "access mode 3, which neither reads nor writes, counts as writing"),
+    Difference("resolving: CACHED relative", r"\d+", "'EAGAIN'", "RESOLVE_CACHED does not follow symbolic links"),
+    Difference("reading: preadv2 .* 8", ".*", r"\['ENOTSUP', .*", "RWF_NOWAIT is not supported"),
+    Difference("copying: copy_file_range .*", r"\d+", "'EXDEV'", "copy_file_range to a file outside"),
+    Difference("copying: FICLONE .*", "'ENOTSUP'", "'EXDEV'", "reflinks to a file outside"),
+    Difference("mapping_kinds: .* rwx? sync", "'EACCES'", "'ENOTSUP'", "MAP_SYNC is refused before writing is"),
+    Difference("mapping_calls: .* maps: device", "'ca:00'", "'00:.*'", "the device in /proc/PID/maps", "PVH"),
+    Difference("mapping_calls: .* maps: name", "'ROOT/data'", f"'{LOWER}/data'", "the name in /proc/PID/maps", "PV"),
+    Difference("mapping_calls: .* madvise DODUMP", "None", "'EINVAL'", "MADV_DODUMP", "PVH"),
+    Difference("locks: lease .*", ".*", "('EINVAL'|2)", "there are no leases"),
+    Difference("ioctls: (GETFLAGS|FSGETXATTR|GETVERSION|GETFSLABEL) .*", ".*", "'ENOTTY'", "ext4's own calls"),
+    Difference("ioctls: FI(BMAP|EMAP) .*", ".*", "'(EINVAL|ENOTSUP)'", "where a file is on the disk"),
+    Difference("ioctls: name_to_handle_at .*", "0", "'ENOTSUP'", "there are no file handles"),
+    Difference("busy: .*", "'ETXTBSY'", "(None|0)", "a program's file is not busy, and a file that is written is run"),
+    Difference("changes: renamed: name", "'ROOT/live/c'", "'ROOT/live/b .deleted.'", "the name of an open file"),
+    Difference("changes: a (moved|removed) folder: where", ".*", "'ROOT/live/sub'", "the name of a working folder"),
+    Difference("meeting: fifo from below", "None", "'ENXIO'", "a fifo is not the one below"),
+    Difference("meeting: socket", "None", "'ECONNREFUSED'", "a socket is not the one below"),
+    Difference("watching: below", r"\['0x.*", r"\[\]", "inotify does not see what happens below"),
+)
 
 
 # ------------------------------------------------------------------------------------------------- how items are done
@@ -1260,7 +1283,6 @@ TOOLS: Final = (
     "stat -f -c '%t %b %s %l' .",
     "diff -r folder linkdir && echo same",
     "test -r closed; echo $?; test -w text; echo $?; test -x script; echo $?; test -p fifo -a -S socket; echo $?",
-    "lsattr data text folder/inner 2>&1 | cut -c1-60",
 )
 READERS: Final = (
     "sha256sum data text sparse empty",
