@@ -98,6 +98,7 @@ DIFFERENCES: Final = (
     Difference("changes: a (moved|removed) folder: where", ".*", "'ROOT/live/sub'", "the name of a working folder"),
     Difference("meeting: fifo from below", "None", "'ENXIO'", "a fifo is not the one below"),
     Difference("meeting: socket", "None", "'ECONNREFUSED'", "a socket is not the one below"),
+    Difference("direct: unaligned data .*", "'EINVAL'", r"\d+", "O_DIRECT needs no alignment", "attached"),
     Difference("watching: below", r"\['0x.*", r"\[\]", "inotify does not see what happens below"),
 )
 
