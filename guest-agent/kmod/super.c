@@ -131,6 +131,8 @@ static int sv_fill_super(struct super_block *sb, struct fs_context *fc)
 	lower_sb = super->lower.dentry->d_sb;
 	sb->s_stack_depth = lower_sb->s_stack_depth + 1;
 	sb->s_magic = SV_MAGIC;
+	sb->s_blocksize = lower_sb->s_blocksize; /* FIGETBSZ says it */
+	sb->s_blocksize_bits = lower_sb->s_blocksize_bits;
 	sb->s_maxbytes = lower_sb->s_maxbytes;
 	sb->s_time_gran = lower_sb->s_time_gran;
 	sb->s_flags |= SB_RDONLY | SB_NOATIME;

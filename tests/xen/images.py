@@ -55,13 +55,17 @@ BROKER_NEEDS: Final = (
 )
 DATA: Final = ("unicode-data", "libicu72", "perl-modules-5.36")
 """What guests share besides their system: 90 MiB of files, large and small, from Debian."""
+PROGRAMS: Final = ("acl", "attr", "git", "nginx-light", "openjdk-17-jre-headless", "sqlite3")
+"""What is run on a guest view (view_programs.py), and what makes files with access control lists."""
 
 COMMON: Final = ("mount", "util-linux", "procps", "iproute2", "busybox-static")
 ROOTS: Final = {
     "dom0": (*COMMON, *BROKER_NEEDS, "xen-utils-4.17", "xenstore-utils", "kmod", "bsdextrautils"),
-    "guest": (*COMMON, *AGENT_NEEDS, *DATA),
+    "guest": (*COMMON, *AGENT_NEEDS, *DATA, *PROGRAMS),
 }
 IMAGE_BYTES: Final = 1 << 30
+_HOOKS: Final = {"guest": ('--essential-hook=mkdir -p "$1/usr/share/man/man1"',)}
+"""openjdk does not install where this folder is missing, as it is when manuals are left out."""
 _LEFT_OUT: Final = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*")
 
 _XEN_DEVICES: Final = ("xen-evtchn", "xen-gntdev", "xen-gntalloc", "xenfs")
@@ -227,6 +231,7 @@ def _unpacked(kernel: bytes) -> bytes:
 def _root(name: str, packages: Sequence[str], say: Say) -> Path:
     """Return an image (ext4) of a Debian root with these packages."""
     options = ["--variant=apt", *(f"--dpkgopt=path-exclude={glob}" for glob in _LEFT_OUT), "--dpkgopt=force-unsafe-io"]
+    options += _HOOKS.get(name, ())
     image = CACHE / f"{name}-{_key(RELEASE, sorted(packages), options, IMAGE_BYTES)}.img"
     if image.exists():
         return image
