@@ -60,6 +60,8 @@ COMMON: Final = ("mount", "util-linux", "procps", "iproute2", "busybox-static")
 ROOTS: Final = {
     "dom0": (*COMMON, *BROKER_NEEDS, "xen-utils-4.17", "xenstore-utils", "kmod", "bsdextrautils"),
     "guest": (*COMMON, *AGENT_NEEDS, *DATA),
+    # With systemd as process 1, package managers, and what our package of the kernel module depends on.
+    "systemd": (*COMMON, *AGENT_NEEDS, "systemd-sysv", "kmod", "dkms", "dnf", "rpm", "nginx-light"),
 }
 IMAGE_BYTES: Final = 1 << 30
 _LEFT_OUT: Final = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*")
@@ -88,6 +90,8 @@ class Images:
     dom0_ramdisk: Path
     dom0_root: Path
     guest_root: Path
+    systemd_root: Path
+    """What a guest that is created with `systemd` has as its disk."""
     guest_boot: Path
     """A disk for dom0 with what guests boot: vmlinux and guest.cpio."""
 
@@ -102,11 +106,11 @@ def build(say: Say) -> Images:
         boot = pool.submit(_boot_files, say)
         roots = {name: pool.submit(_root, name, packages, say) for name, packages in ROOTS.items()}
         folder = boot.result()
-        guest_root, dom0_root = roots["guest"].result(), roots["dom0"].result()
+        guest_root, dom0_root, systemd_root = (roots[name].result() for name in ("guest", "dom0", "systemd"))
     dom0_ramdisk = CACHE.parent / "dom0.cpio"
     dom0_ramdisk.write_bytes(_ramdisk(folder, DOM0_MODULES, "dom0-boot", ("dom0-init", "server.py", "hotplug")))
-    guest_boot = _guest_boot(folder, _ramdisk(folder, GUEST_MODULES, "guest-boot", ("guest-init", "server.py")))
-    return Images(folder / "xen", folder / "vmlinux", dom0_ramdisk, dom0_root, guest_root, guest_boot)
+    guest_boot = _guest_boot(folder, _ramdisk(folder, GUEST_MODULES, "guest-boot", ("guest-init", "lab.service", "server.py")))
+    return Images(folder / "xen", folder / "vmlinux", dom0_ramdisk, dom0_root, guest_root, systemd_root, guest_boot)
 
 
 # --------------------------------------------------------------------------------------------------- the host's part
