@@ -139,17 +139,23 @@ class Holder:
 def holder(pid: int) -> Holder:
     """Return the holder that a hook of a package manager is called for. UsageError if there is no such process.
 
-    apt calls its hooks from a copy of itself that ends with them: of ancestors with one name the first counts.
+    apt calls its hooks from a copy of itself that ends with them: of ancestors with one command line the first counts.
     """
-    parent, name, started = _process(pid)
+    parent, _, started = _process(pid)
     if not started:
         raise UsageError(f"there is no process {pid}")
-    while parent > 1:
-        above, its_name, its_start = _process(parent)
-        if its_name != name:
-            break
-        pid, parent, started = parent, above, its_start
+    words = _command_line(pid)
+    while parent > 1 and words and _command_line(parent) == words:
+        pid = parent
+        parent, _, started = _process(pid)
     return Holder(pid, started, time.time())
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def _process(pid: int) -> tuple[int, str, str]:

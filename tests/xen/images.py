@@ -109,7 +109,8 @@ def build(say: Say) -> Images:
         guest_root, dom0_root, systemd_root = (roots[name].result() for name in ("guest", "dom0", "systemd"))
     dom0_ramdisk = CACHE.parent / "dom0.cpio"
     dom0_ramdisk.write_bytes(_ramdisk(folder, DOM0_MODULES, "dom0-boot", ("dom0-init", "server.py", "hotplug")))
-    guest_boot = _guest_boot(folder, _ramdisk(folder, GUEST_MODULES, "guest-boot", ("guest-init", "lab.service", "server.py")))
+    inside = ("guest-init", "lab.service", "server.py")
+    guest_boot = _guest_boot(folder, _ramdisk(folder, GUEST_MODULES, "guest-boot", inside))
     return Images(folder / "xen", folder / "vmlinux", dom0_ramdisk, dom0_root, guest_root, systemd_root, guest_boot)
 
 

@@ -255,7 +255,14 @@ class Lab:
         return self.guests[name].machine
 
     def create(
-        self, name: str, kind: str, *, memory_mib: int = GUEST_MIB, wait: bool = True, uuid: str = "", systemd: bool = False
+        self,
+        name: str,
+        kind: str,
+        *,
+        memory_mib: int = GUEST_MIB,
+        wait: bool = True,
+        uuid: str = "",
+        systemd: bool = False,
     ) -> Guest:
         """Make a guest with a disk of its own, and wait until it takes commands.
 
