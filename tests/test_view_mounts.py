@@ -66,6 +66,9 @@ class Table:
             case ["umount", at] if at in self.busy:
                 raise HostError("target is busy")
             case ["umount", *_, at]:
+                if Path(at).is_symlink():
+                    Path(at).unlink()
+                    Path(at).mkdir()
                 self.lines.remove([line for line in self.lines if line[0] == at][-1])
             case _:
                 pytest.fail(f"unexpected: {words}")
@@ -149,6 +152,25 @@ def test_what_is_taken_down_comes_up_again_over_the_same_plain_files(guest: Gues
     assert not (guest.base / "srv").exists()  # a unit that binds it, if it is there, would show an empty folder
 
 
+def test_a_folder_that_was_replaced_has_its_plain_files_bound_anew(guest: Guest) -> None:
+    guest.mounts.up()
+    over = guest.config.views[0]
+    guest.mounts.down([over])
+    (covered,) = guest.mounts.covered
+    assert not covered.stale
+    share, plain = guest.top / "usr/share", Path(os.fsdecode(covered.plain))
+    # As a bind mount, and unlike this link, still shows the old folder.
+    share.rename(guest.top / "old")
+    share.mkdir()
+    plain.unlink()
+    plain.symlink_to(guest.top / "old")
+    assert covered.stale
+    assert guest.mounts.up() == []
+    assert guest.mounts.is_up(over)
+    assert not covered.stale
+    assert ["umount", "-l", str(plain)] in guest.table.calls
+
+
 def test_a_view_in_use_leaves_the_tree_of_names(guest: Guest) -> None:
     guest.mounts.up()
     guest.table.busy.add(f"{guest.top}/usr/share")
@@ -175,13 +197,14 @@ def test_a_view_that_was_mounted_over_its_folder_by_hand_is_not_built_upon(guest
     assert mounted_views(guest.table.text(), guest.mounts.covered)[0].lower == f"{guest.top}/srv".encode()
 
 
-def test_a_file_system_between_is_refused(tmp_path: Path) -> None:
+def test_a_file_system_between_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     guest = Guest(tmp_path, '{ lower = "TOP/usr/share", over = true }', ["usr"])
-    # What the bind of /usr shows below share is another folder than everybody sees there.
+    (tmp_path / "usr.below/share").mkdir(parents=True)
+    # A bind of /usr shows below share what is under a mount there: another folder than everybody sees.
+    monkeypatch.setattr(Covered, "stale", False)
     place = Path(os.fsdecode(guest.mounts.covered[0].plain))
-    (tmp_path / "other/share").mkdir(parents=True)
     place.parent.mkdir(parents=True)
-    place.symlink_to(tmp_path / "other")
+    place.symlink_to(tmp_path / "usr.below")
     guest.table.lines += [(str(place.parent), "ext4", ""), (str(place), "ext4", "")]
     (problem,) = guest.mounts.up()
     assert "a file system is mounted between" in problem.message

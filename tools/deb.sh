@@ -268,7 +268,7 @@ Priority: optional
 Architecture: all
 Maintainer: $maintainer
 Installed-Size: $(du -sk --apparent-size --exclude=DEBIAN "$tree" | cut -f1)
-Depends: dkms (>= 3.0), sharearea-agent (>= $version)
+Depends: dkms (>= 3.0), mount, sharearea-agent (>= $version)
 Recommends: linux-headers-amd64 | linux-headers-generic
 Description: guest view of sharearea: shared pages for unmodified programs (DKMS)
  A small read-only stacked file system for Xen guests, through which programs

@@ -557,7 +557,9 @@ class Runner:
         return {
             "views": [path_text(view.at) for view in self._views.views] if self._views is not None else [],
             # What is scanned, and whether there are views at all, is settled when the agent starts.
-            "restart": covered != self._covered or (self._views is None and bool(self.config.views)),
+            "restart": covered != self._covered
+            or any(each.stale for each in covered)
+            or (self._views is None and bool(self.config.views)),
         }
 
     def _plain_path(self, fd: int, key: FileKey) -> bytes | None:

@@ -86,6 +86,14 @@ class Covered:
         """Return to_plain's argument."""
         return self._moved(path, self.plain, self.folder)
 
+    @property
+    def stale(self) -> bool:
+        """Whether the folder was replaced since: its plain files' place shows the old one. Not while it is covered."""
+        try:
+            return not os.path.samestat(os.stat(self.folder), os.stat(self.plain))
+        except OSError:
+            return True
+
     @staticmethod
     def _moved(path: bytes, old: bytes, new: bytes) -> bytes:
         if not inside(path, old):
@@ -271,7 +279,9 @@ class ViewMounts:
     def _bind(self, covered: Covered) -> None:
         """Give a folder's plain files their place, unless they are there."""
         if covered in self.plain_there():
-            return
+            if not covered.stale:
+                return
+            self._command(["umount", "-l", os.fsdecode(covered.plain)])
         if any(mount.type == b"shareview" and mount.at == covered.folder for mount in mounts(self._mountinfo())):
             raise HostError("it is covered by a view that was mounted by hand", f"umount {os.fsdecode(covered.folder)}")
         place = Path(os.fsdecode(covered.plain))
@@ -387,7 +397,7 @@ def _same_folder(plain: bytes, seen: bytes) -> None:
         one, other = os.stat(plain), os.stat(seen)
     except OSError as error:
         raise HostError(f"{os.fsdecode(error.filename)}: {error.strerror}") from None
-    if (one.st_dev, one.st_ino) != (other.st_dev, other.st_ino):
+    if not os.path.samestat(one, other):
         raise HostError(
             "a file system is mounted between it and the designated folder", "name it in agent.folders by itself"
         )
