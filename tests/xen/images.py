@@ -66,6 +66,10 @@ ROOTS: Final = {
 IMAGE_BYTES: Final = 1 << 30
 _LEFT_OUT: Final = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*")
 
+_OPTIONS: Final = [
+    *("--variant=apt", *(f"--dpkgopt=path-exclude={glob}" for glob in _LEFT_OUT), "--dpkgopt=force-unsafe-io"),
+]
+
 _XEN_DEVICES: Final = ("xen-evtchn", "xen-gntdev", "xen-gntalloc", "xenfs")
 DOM0_MODULES: Final = (
     *("virtio_pci", "virtio_blk", "virtio_net", "crc32c_generic", "ext4"),
@@ -231,15 +235,14 @@ def _unpacked(kernel: bytes) -> bytes:
 
 def _root(name: str, packages: Sequence[str], say: Say) -> Path:
     """Return an image (ext4) of a Debian root with these packages."""
-    options = ["--variant=apt", *(f"--dpkgopt=path-exclude={glob}" for glob in _LEFT_OUT), "--dpkgopt=force-unsafe-io"]
+    options = _OPTIONS
     image = CACHE / f"{name}-{_key(RELEASE, sorted(packages), options, IMAGE_BYTES)}.img"
     if image.exists():
         return image
     begun = time.monotonic()
-    say(f"root of {name}: {len(packages)} packages and what they need, from Debian")
     tree = CACHE / f"{name}.tree"
     shutil.rmtree(tree, ignore_errors=True)
-    _call(["mmdebstrap", *options, f"--include={','.join(packages)}", RELEASE, str(tree), *_sources()])
+    _debootstrap(name, packages, options, tree, say)
     with _made_whole(image) as part:
         with part.open("wb") as file:
             file.truncate(IMAGE_BYTES)
@@ -247,6 +250,21 @@ def _root(name: str, packages: Sequence[str], say: Say) -> Path:
     shutil.rmtree(tree)
     say(f"root of {name}: {time.monotonic() - begun:.0f} s")
     return image
+
+
+def debian_root(name: str, packages: Sequence[str], say: Say) -> Path:
+    """Return a folder with a Debian root with these packages, to be copied: it is kept."""
+    folder = CACHE / f"{name}-{_key(RELEASE, sorted(packages), _OPTIONS)}"
+    if not folder.exists():
+        update_lists(say)
+        with _made_whole(folder) as part:
+            _debootstrap(name, packages, _OPTIONS, part, say)
+    return folder
+
+
+def _debootstrap(name: str, packages: Sequence[str], options: Sequence[str], tree: Path, say: Say) -> None:
+    say(f"root of {name}: {len(packages)} packages and what they need, from Debian")
+    _call(["mmdebstrap", *options, f"--include={','.join(packages)}", RELEASE, str(tree), *_sources()])
 
 
 def _sources() -> list[str]:
