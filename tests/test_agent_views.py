@@ -262,6 +262,14 @@ def test_a_guest_without_the_module_says_once_what_is_missing_and_goes_on(
     assert made._on_view_question({"verb": "view", "do": "up"}) == {"views": [], "restart": True}
 
 
+def test_views_that_others_mount_later_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "ViewControl", Device)
+    made, log = run(tmp_path, monkeypatch)  # mount(8) fails
+    assert [event for event, _ in log.events] == ["agent.limit"]
+    assert made.agent.settings.views
+    assert made._on_view_question({"verb": "view", "do": "up"}) == {"views": [], "restart": False}
+
+
 def test_views_that_somebody_wants_down_are_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "down").write_text('{"by_hand": true, "holders": []}')

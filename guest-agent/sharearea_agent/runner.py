@@ -192,10 +192,11 @@ class Runner:
         self._covered = self._mounts.plain_there()
         try:
             views = mounted_views(MOUNTS.read_bytes(), self._covered)
-            if views or (config.views and not problems):
+            if views or config.views:  # they may be mounted later, by others
                 return Views(ViewControl(), views, self._events.append, self.log.event)
         except (HostError, OSError) as error:
-            problems.append(HostError(f"guest views are mounted and cannot be used: {error}"))
+            if not problems:
+                problems.append(HostError(f"guest views cannot be used: {error}"))
         finally:
             if problems:
                 said = "; ".join(error.message for error in problems)
