@@ -515,19 +515,17 @@ def test_plain_files_that_a_view_covers_are_looked_at_elsewhere(guest: Guest, co
     designated = guest.folder if covered != "usr/share" else guest.folder / "share"
     guest.write("share/a", pages(1))
     guest.write("share/b", pages(1))
-    below = guest.root / covered
-    # The folder itself, moved away, in the place of a bind mount.
-    place = below.rename(guest.root.parent / "plain") if covered else guest.root
-    if covered:
-        below.mkdir()  # what is seen there now has other files
-        (below / "share").mkdir(exist_ok=True)
-        (below / "c").write_bytes(pages(1))
+    below = guest.root / covered if covered else guest.root
+    # The folder itself, moved away, in the place of a bind mount; what is seen there now has another file.
+    place = below.rename(guest.root.parent / "plain")
+    (guest.folder / "share").mkdir(parents=True, exist_ok=True)
+    (guest.folder / "share/c").write_bytes(pages(1))
     scanner = guest.scanner(folders=(os.fsencode(designated),), plain=((os.fsencode(below), os.fsencode(place)),))
     assert names(finished(scanner.walk())) == [b"/usr/share/a", b"/usr/share/b"]
     assert names(finished(scanner.walk([b"/usr/share"]))) == [b"/usr/share/a", b"/usr/share/b"]
     assert names(finished(scanner.look([b"/usr/share/a", b"/usr/share/c"]))) == [b"/usr/share/a"]
     assert scanner.why_not(b"/usr/share/a") == ("", 1)
-    where = place / ("share/a" if covered == "usr" else "a" if covered else "usr/share/a")
+    where = place / {"usr/share": "a", "usr": "share/a", "": "usr/share/a"}[covered]
     assert where.exists()
     assert scanner.reported_path(os.fsencode(where)) == b"/usr/share/a"
     assert scanner.reported_path(os.fsencode(place)) == (f"/{covered}".encode() if covered else b"")

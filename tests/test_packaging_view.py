@@ -99,7 +99,7 @@ def test_the_hook_fails_nobody_and_ends_at_once_where_no_view_is_over_its_folder
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     assert os.access(VIEW / "packages", os.X_OK)
     assert subprocess.run(["sh", "-n", str(VIEW / "packages")]).returncode == 0
-    assert len(re.findall(r"timeout -k 5 30 ", (VIEW / "packages").read_text())) == 2
+    assert len(re.findall(r"timeout -k 5 60 ", (VIEW / "packages").read_text())) == 2
 
 
 def test_apt_and_dpkg_are_told_of_the_hook_and_do_without_it() -> None:

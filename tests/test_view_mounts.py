@@ -334,8 +334,10 @@ def test_a_package_manager_takes_only_views_over_their_folder_down(
         assert cli.main(["view", "up"]) == 0
         assert not words.mounts.is_up(over), "an operator cannot want it up under a package manager"
         process.communicate()
+        assert (words.base / "down").exists()
         assert cli.main(["view", "up", "--if-due"]) == 0
         assert words.mounts.is_up(over)
+        assert not (words.base / "down").exists()  # or the timer would start a process every minute
     finally:
         dpkg.kill()
         dpkg.wait()

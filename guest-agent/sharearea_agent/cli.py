@@ -287,6 +287,7 @@ def _view_up(options: argparse.Namespace) -> int:
         if down:
             print(f"views stay down, as {down} wants it")
             return 0
+        mounts.forget_dead()
         before = sum(mounts.is_up(view) for view in mounts.views)
         problems = mounts.up()
         after = sum(mounts.is_up(view) for view in mounts.views)

@@ -383,6 +383,10 @@ class ViewMounts:
             down.holders = [each for each in down.holders if each.pid != pid]
         self._write(down)
 
+    def forget_dead(self) -> None:
+        """Forget processes that have ended: without a note nobody looks any more whether views are due."""
+        self._write(self._read())
+
     def why_down(self) -> str:
         """Return who wants views down now; "" if nobody does."""
         down = self._read()
