@@ -257,6 +257,7 @@ def test_a_guest_without_the_module_says_once_what_is_missing_and_goes_on(
     assert event == "agent.limit"
     assert f"no view of {tmp_path}/lower at {tmp_path}/at: " in str(fields["detail"])
     assert str(fields["detail"]).endswith("; plain files go on")
+    assert "cannot be used" not in str(fields["detail"])  # which follows from it
     assert not made.agent.settings.views
     assert not (tmp_path / "at").exists()
     assert made._on_view_question({"verb": "view", "do": "up"}) == {"views": [], "restart": True}
