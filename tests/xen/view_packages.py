@@ -223,7 +223,7 @@ def _systemd(run: Run) -> None:
     sharer.configure(["/srv"])
     sharer.start()
     run.about |= {"broker": broker, "agent": agent, "sharer": sharer}
-    machine.put("/etc/nginx/sites-enabled/default", f"server {{ listen 80; root {BESIDE}; sendfile on; }}\n")
+    machine.put("/etc/nginx/sites-available/default", f"server {{ listen 80; root {BESIDE}; sendfile on; }}\n")
     said = machine.run("sharearea-agent view drop-in --write nginx")
     assert "/etc/systemd/system/nginx.service.d/sharearea-view.conf" in said, said
     machine.run("apt-get install -y /tmp/lab-app_1.deb", timeout=200)
