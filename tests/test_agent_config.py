@@ -65,6 +65,7 @@ def test_values_arrive() -> None:
         allow_user_mappings = true
         consumer_group = "sharers"
         world_readable = false
+        views = [{ lower = "/srv/db/usr/share", at = "/run/v", verify = "all" }, { lower = "/srv/db/opt", at = "/w" }]
         broker_socket = "/b"
         consumer_socket = "/c"
         control_socket = "/d"
@@ -91,6 +92,7 @@ def test_values_arrive() -> None:
         True,
         "sharers",
         False,
+        ((Path("/srv/db/usr/share"), "/run/v", False, "all"), (Path("/srv/db/opt"), "/w", False, "resident")),
         Path("/b"),
         Path("/c"),
         Path("/d"),
@@ -106,6 +108,45 @@ def test_values_arrive() -> None:
         2.0,
         "debug",
     )
+
+
+XEN = MINIMAL + 'backend = "xen"\n'
+
+
+@pytest.mark.parametrize(
+    ("views", "expected"),
+    [
+        ('{ lower = "/usr" }', "agent.views[0]: is either `at` a place or `over` its folder"),
+        ('{ lower = "/usr", at = "/v", over = true }', "agent.views[0]: is either `at` a place or `over` its folder"),
+        ('{ lower = "/usr/a,b", over = true }', "agent.views[0].lower: has a comma or a line's end"),
+        ('{ lower = "/srv", over = true }', "agent.views[0].lower: /srv is in none of agent.folders"),
+        ('{ lower = "/usr", at = "/usr/v" }', "agent.views[0].at: is inside agent.folders[0] = /usr"),
+        (
+            '{ lower = "/usr/a", over = true }, { lower = "/usr/a/b", over = true }',
+            "agent.views[1]: covers the same files as agent.views[0]",
+        ),
+        (
+            '{ lower = "/usr/a", at = "/v" }, { lower = "/usr/b", at = "/v" }',
+            "agent.views[1]: is mounted at the same place as agent.views[0]",
+        ),
+        ('{ lower = "/usr", at = "/v", verify = "none" }', "agent.views[0].verify: expected"),
+        ('{ at = "/v" }', "agent.views[0].lower: is missing"),
+        ('"/usr"', "agent.views[0]: expected a table"),
+    ],
+)
+def test_views_that_cannot_be_meant_are_refused(views: str, expected: str) -> None:
+    (fault,) = faults(XEN + f"views = [{views}]\n")
+    assert fault.startswith(expected)
+
+
+def test_views_are_for_xen_and_those_over_their_folder_for_one_file_system() -> None:
+    assert faults(MINIMAL + 'views = [{ lower = "/usr", over = true }]\n') == [
+        'agent.views: is for agent.backend = "xen"; leave it out'
+    ]
+    (fault,) = faults(XEN + 'one_file_system = false\nviews = [{ lower = "/usr", over = true }]\n')
+    assert fault.startswith("agent.views[0].over: needs agent.one_file_system = true")
+    wider = parse(XEN + 'views = [{ lower = "/usr/share", over = true }, { lower = "/", at = "/v" }]\n')
+    assert [(view.over, str(view.mounted_at)) for view in wider.views] == [(True, "/usr/share"), (False, "/v")]
 
 
 def test_root_itself_may_be_a_folder() -> None:

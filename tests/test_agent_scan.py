@@ -512,6 +512,29 @@ def test_part_of_the_folders_can_be_walked(guest: Guest) -> None:
     assert scanner.counters.cache_hits == 2  # the partial walks kept what they did not see
 
 
+@pytest.mark.parametrize("covered", ["usr", "usr/share", ""])
+def test_plain_files_that_a_view_covers_are_looked_at_elsewhere(guest: Guest, covered: str) -> None:
+    designated = guest.folder if covered != "usr/share" else guest.folder / "share"
+    guest.write("share/a", pages(1))
+    guest.write("share/b", pages(1))
+    below = guest.root / covered if covered else guest.root
+    # The folder itself, moved away, in the place of a bind mount; what is seen there now has another file.
+    place = below.rename(guest.root.parent / "plain")
+    (guest.folder / "share").mkdir(parents=True, exist_ok=True)
+    (guest.folder / "share/c").write_bytes(pages(1))
+    scanner = guest.scanner(folders=(os.fsencode(designated),), plain=((os.fsencode(below), os.fsencode(place)),))
+    assert names(finished(scanner.walk())) == [b"/usr/share/a", b"/usr/share/b"]
+    assert names(finished(scanner.walk([b"/usr/share"]))) == [b"/usr/share/a", b"/usr/share/b"]
+    assert names(finished(scanner.look([b"/usr/share/a", b"/usr/share/c"]))) == [b"/usr/share/a"]
+    assert scanner.why_not(b"/usr/share/a") == ("", 1)
+    where = place / {"usr/share": "a", "usr": "share/a", "": "usr/share/a"}[covered]
+    assert where.exists()
+    assert scanner.reported_path(os.fsencode(where)) == b"/usr/share/a"
+    assert scanner.reported_path(os.fsencode(place)) == (f"/{covered}".encode() if covered else b"")
+    place.chmod(0o700)
+    assert names(finished(scanner.walk())) == []  # its rights count as those of the folder
+
+
 def stepping_timer() -> Callable[[], float]:
     """A timer that makes every step the end of a batch."""
     now = 0.0

@@ -8,15 +8,23 @@ from __future__ import annotations
 import errno
 import os
 from array import array
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from sharearea_agent import agent
+from sharearea_agent import agent, runner
 from sharearea_agent.agent import VIEWS, Agent, FileIdentity, FileKey, Observation, Settings
 from sharearea_agent.common import wire
+from sharearea_agent.common.errors import UsageError
+from sharearea_agent.common.logs import EventLog
+from sharearea_agent.config import AgentConfig
 from sharearea_agent.consumer_wire import MAPPED_DIFFERENT, MAPPED_DONE, MAPPED_NO_ROOM
+from sharearea_agent.consumers import ConsumerHub
+from sharearea_agent.mapper import LocalMapper
+from sharearea_agent.runner import Runner
 from sharearea_agent.view_control import ViewControl, ViewInfo
+from sharearea_agent.view_mounts import ViewMounts
 from sharearea_agent.views import MountedView, Views, mounted_views
 
 WELCOME = wire.Welcome(wire.PROTOCOL_VERSION, "g", "p", bytes(16), bytes(16), bytes(32), 8, 1, 1 << 20, 10, ("**",), ())
@@ -188,6 +196,127 @@ def test_a_suspend_is_held_back_while_programs_map_grants_and_no_longer(house: H
     for on in (False, True, True, False, False):
         house.views.hold_suspend(on)
     assert house.device.holds == [True, False]
+
+
+def test_what_is_in_a_view_that_goes_is_let_go_and_the_rest_stays(house: House, tmp_path: Path) -> None:
+    over = tmp_path / "over"
+    over.mkdir()
+    (over / "three").write_bytes(b"y" * 4096)
+    covering = MountedView(os.fsencode(over), os.fsencode(over))
+    beside = house.views.views
+    house.views.use([*beside, covering])
+    first = house.take_in("one")
+    seen = os.stat(over / "three")
+    key = FileKey(seen.st_dev, seen.st_ino)
+    second = house.views.take_in(key, os.fsencode(over / "three"))
+    assert second is not None
+    for handle in (first, second):
+        house.share(handle)
+    assert [view.over for view in house.views.views] == [False, True]
+    assert house.views.use(beside) == [(key, second)]
+    assert list(house.device.tables) == [house.key("one").ino]
+    assert house.views.take_in(key, os.fsencode(over / "three")) is None
+    house.views.use([*beside, covering])
+    assert house.views.take_in(key, os.fsencode(over / "three")) == second + 1
+
+
+# ------------------------------------------------------------------------------------------------------- the runner
+
+VIEWS_CONFIG = """
+[agent]
+name = "g"
+backend = "xen"
+folders = ["TOP/lower"]
+control_socket = "TOP/control"
+views = [{ lower = "TOP/lower", at = "TOP/at" }]
+"""
+
+
+class Log(EventLog):
+    """What is logged."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, object]]] = []
+
+    def event(self, event: str, **fields: object) -> None:
+        self.events.append((event, fields))
+
+
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str = VIEWS_CONFIG) -> tuple[Runner, Log]:
+    (tmp_path / "lower").mkdir(exist_ok=True)
+    monkeypatch.setattr(runner, "ViewMounts", partial(ViewMounts, base=tmp_path / "base"))
+    log = Log()
+    return Runner(AgentConfig.parse(config.replace("TOP", str(tmp_path)).encode(), "x"), log), log
+
+
+def test_a_guest_without_the_module_says_once_what_is_missing_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, log = run(tmp_path, monkeypatch)  # mount(8) is really asked
+    ((event, fields),) = log.events
+    assert event == "agent.limit"
+    assert f"no view of {tmp_path}/lower at {tmp_path}/at: " in str(fields["detail"])
+    assert str(fields["detail"]).endswith("; plain files go on")
+    assert "cannot be used" not in str(fields["detail"])  # which follows from it
+    assert not made.agent.settings.views
+    assert not (tmp_path / "at").exists()
+    assert made._on_view_question({"verb": "view", "do": "up"}) == {"views": [], "restart": True}
+
+
+def test_views_that_others_mount_later_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "ViewControl", Device)
+    made, log = run(tmp_path, monkeypatch)  # mount(8) fails
+    assert [event for event, _ in log.events] == ["agent.limit"]
+    assert made.agent.settings.views
+    assert made._on_view_question({"verb": "view", "do": "up"}) == {"views": [], "restart": False}
+
+
+def test_views_that_somebody_wants_down_are_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "down").write_text('{"by_hand": true, "holders": []}')
+    monkeypatch.setattr(runner, "ViewControl", Device)
+    made, log = run(tmp_path, monkeypatch)
+    assert log.events == []
+    assert made.agent.settings.views
+
+
+def test_files_on_offer_wait_for_their_view_and_leave_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lower").mkdir()
+    (tmp_path / "at").mkdir()
+    file = tmp_path / "lower/one"
+    file.write_bytes(bytes(4096))
+    os.link(file, tmp_path / "at/one")
+    table = tmp_path / "mountinfo"
+    table.write_text(f"1 1 0:1 / {tmp_path}/at ro - shareview none ro,lower={tmp_path}/lower\n")
+    monkeypatch.setattr(runner, "MOUNTS", table)
+    monkeypatch.setattr(runner, "ViewControl", Device)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "down").write_text('{"by_hand": true, "holders": []}')  # nothing is mounted by the runner
+    made, _ = run(tmp_path, monkeypatch)
+    made._hub = ConsumerHub(tmp_path / "s", made._selector, LocalMapper(), made._events.append, made.log.event)
+    seen = os.stat(file)
+    key = FileKey(seen.st_dev, seen.st_ino)
+    try:
+        made._take_into_view(agent.OfferToViews(key, os.fsencode(file)))
+        assert made._events.pop() == agent.Opened(VIEWS, 1, key)
+        answer = made._on_view_question({"do": "down", "over": True})
+        assert answer["views"] == [f"{tmp_path}/at"]  # it is beside its folder, and in nobody's way
+        assert not made._events
+        assert made._on_view_question({"do": "down"}) == {"views": [], "restart": False}
+        assert made._events.pop() == agent.Closed(VIEWS, 1)
+        assert not made._hub.files[key].uses
+        with pytest.raises(UsageError):
+            made._on_view_question({"do": "sideways"})
+        assert made._on_view_question({"do": "up"})["views"] == [f"{tmp_path}/at"]
+        assert made._events.pop() == agent.Opened(VIEWS, 2, key)
+        made._put_out_of_view(key)
+        assert made._events.pop() == agent.Closed(VIEWS, 2)
+        made._on_view_question({"do": "down"})
+        made._on_view_question({"do": "up"})
+        assert not made._events, "what has lost its name comes back"
+    finally:
+        made._hub.close()
+        made._selector.close()
 
 
 # ------------------------------------------------------------------------------------------------- the state machine

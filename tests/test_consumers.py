@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sharearea_agent.agent import CutOff, ShareWith
+from sharearea_agent.agent import CutOff, FileKey, ShareWith
 from sharearea_agent.common.link import StreamLink
 from sharearea_agent.consumer_wire import AGENT_TO_CONSUMER, CONSUMER_TO_AGENT, Close, Open, Unchanged
 from sharearea_agent.consumers import ConsumerHub
@@ -96,3 +96,35 @@ def test_handles_of_a_file_that_was_just_closed_go_to_nobody(agent: Agent, tmp_p
         assert len(agent.hub.programs()) == 1
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_file_that_was_opened_through_a_view_is_leased_by_its_plain_path(tmp_path: Path, other: bool) -> None:
+    data, seen = tmp_path / "f", tmp_path / "in-view"
+    data.write_bytes(bytes(4096))
+    os.link(data, seen)
+    if other:
+        data.unlink()
+        data.write_bytes(bytes(4096))
+    agent = Agent(tmp_path)
+    agent.hub.close()
+    agent.hub = ConsumerHub(
+        agent.path,
+        agent.selector,
+        LocalMapper(),
+        agent.events.append,
+        lambda *_, **__: None,
+        plain_path=lambda _fd, _key: os.fsencode(data),
+    )
+    fd = os.open(seen, os.O_RDONLY)
+    try:
+        program = agent.connect()
+        program.send(Open(7, 4096), fd)
+        program.flush()
+        agent.turn()
+        status = os.fstat(fd)
+        own = agent.hub.files[FileKey(status.st_dev, status.st_ino)].fd
+        assert os.readlink(f"/proc/self/fd/{own}") == str(seen if other else data)
+    finally:
+        os.close(fd)
+        agent.close()

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes Debian packages of both wheels: dist/sharearea_*.deb for dom0, dist/sharearea-agent_*.deb for guests.
+# Makes Debian packages of both wheels: dist/sharearea_*.deb for dom0, dist/sharearea-agent_*.deb for guests. And one of the
+# guest view's module, for DKMS, with its units and hooks: dist/sharearea-view-dkms_*.deb.
 #
 # They need Debian 12's own Python packages, nothing from a package index, and no network to install. Units are installed
 # but neither enabled nor started; configuration files are the documented examples, and share nothing until switched on.
@@ -93,7 +94,9 @@ END
     fi
   done
   # No manual of ours is anywhere else: the examples say what every key means.
-  install -D -m 644 -t "$folder/examples" "${@:3}"
+  if [ $# -gt 2 ]; then
+    install -D -m 644 -t "$folder/examples" "${@:3}"
+  fi
 }
 
 # The kernel of area domains is no program of this system's.
@@ -188,14 +191,98 @@ package() { # NAME CONFIG-SOURCE CONFIG-NAME SUMMARY DESCRIPTION DEPENDS PURGE S
     echo "Description: $4"
     printf '%s\n' "$5"
   } >"$tree/DEBIAN/control"
-  (cd "$tree" && find . -path ./DEBIAN -prune -o -type f -print0 | sort -z | xargs -0 md5sum | sed 's# \./# #') >"$work/md5sums"
-  install -m 644 "$work/md5sums" "$tree/DEBIAN/md5sums"
-  rm -f dist/"$name"_*.deb
-  dpkg-deb --root-owner-group -Zxz --build "$tree" "dist/${name}_${version}_$architecture.deb" >"$work/$name.log"
-  say "dist/${name}_${version}_$architecture.deb"
+  build "$name" "$tree" "$architecture"
 }
 
-# ------------------------------------------------------------------------------------------------- the two packages
+build() { # NAME TREE ARCHITECTURE
+  (cd "$2" && find . -path ./DEBIAN -prune -o -type f -print0 | sort -z | xargs -0 md5sum | sed 's# \./# #') >"$work/md5sums"
+  install -m 644 "$work/md5sums" "$2/DEBIAN/md5sums"
+  rm -f dist/"$1"_*.deb
+  dpkg-deb --root-owner-group -Zxz --build "$2" "dist/$1_${version}_$3.deb" >"$work/$1.log"
+  say "dist/$1_${version}_$3.deb"
+}
+
+# The module's source for DKMS, which builds it on the guest; what mounts views there; what takes them down for packages.
+package_view() {
+  local name=sharearea-view-dkms tree=$work/sharearea-view-dkms source
+  source=$tree/usr/src/shareview-${version%-*}
+  mkdir -p "$tree/DEBIAN"
+  install -D -m 644 -t "$source" guest-agent/kmod/{*.c,*.h,Kbuild,Makefile,COPYING}
+  # DKMS tells sources apart by their version.
+  sed "s/^PACKAGE_VERSION=.*/PACKAGE_VERSION=\"${version%-*}\"/" guest-agent/kmod/dkms.conf >"$source/dkms.conf"
+  chmod 644 "$source/dkms.conf"
+  install -D -m 644 -t "$tree/lib/systemd/system" deploy/systemd/sharearea-view{.service,-again.service,-again.timer}
+  install -D -m 644 deploy/view/sharearea-agent-view.conf "$tree/lib/systemd/system/sharearea-agent.service.d/view.conf"
+  install -D -m 755 deploy/view/packages "$tree/usr/libexec/sharearea-view/packages"
+  install -D -m 644 deploy/view/apt.conf "$tree/etc/apt/apt.conf.d/50sharearea-view"
+  install -D -m 644 deploy/view/dpkg.cfg "$tree/etc/dpkg/dpkg.cfg.d/sharearea-view"
+  install -D -m 644 deploy/view/dnf_plugin.py "$tree/usr/lib/python3/dist-packages/dnf-plugins/sharearea_view.py"
+  printf '%s\n' /etc/apt/apt.conf.d/50sharearea-view /etc/dpkg/dpkg.cfg.d/sharearea-view >"$tree/DEBIAN/conffiles"
+  write_documents "$name" "$tree"
+  cat >>"$tree/usr/share/doc/$name/copyright" <<END
+
+Files: usr/src/shareview-*
+Copyright: $(date -u -d "@$SOURCE_DATE_EPOCH" +%Y) the sharearea developers
+License: GPL-2.0-only
+ On Debian systems the full text is in /usr/share/common-licenses/GPL-2.
+END
+  # What dh_dkms of Debian 12 writes, and systemd told of the units. Nothing is started that did not run.
+  cat >"$tree/DEBIAN/postinst" <<END
+#!/bin/sh
+set -e
+if [ "\$1" = configure ]; then
+  /usr/lib/dkms/common.postinst shareview ${version%-*} /usr/share/$name "" "\$2"
+  if [ -d /run/systemd/system ]; then
+    systemctl daemon-reload || true
+  fi
+fi
+END
+  cat >"$tree/DEBIAN/prerm" <<END
+#!/bin/sh
+set -e
+if [ "\$1" = remove ] && [ -d /run/systemd/system ]; then
+  deb-systemd-invoke stop sharearea-view-again.timer sharearea-view.service || true
+fi
+case "\$1" in
+  remove | upgrade | deconfigure)
+    if [ "\$(dkms status -m shareview -v ${version%-*})" ]; then
+      dkms remove -m shareview -v ${version%-*} --all
+    fi
+    ;;
+esac
+END
+  cat >"$tree/DEBIAN/postrm" <<END
+#!/bin/sh
+set -e
+if [ -d /run/systemd/system ]; then
+  systemctl daemon-reload || true
+fi
+END
+  chmod 755 "$tree"/DEBIAN/{postinst,prerm,postrm}
+  cat >"$tree/DEBIAN/control" <<END
+Package: $name
+Source: sharearea
+Version: $version
+Section: kernel
+Priority: optional
+Architecture: all
+Maintainer: $maintainer
+Installed-Size: $(du -sk --apparent-size --exclude=DEBIAN "$tree" | cut -f1)
+Depends: dkms (>= 3.0), mount, sharearea-agent (>= $version)
+Recommends: linux-headers-amd64 | linux-headers-generic
+Description: guest view of sharearea: shared pages for unmodified programs (DKMS)
+ A small read-only stacked file system for Xen guests, through which programs
+ read and map pages that the broker has granted, at the speed of the page cache
+ and without using it. DKMS builds the module for the kernels of this guest.
+ .
+ With it come the unit that mounts the configured views, what the agent's own
+ unit needs for them, and hooks of apt, dpkg and dnf that take views over their
+ own folder down while packages are changed.
+END
+  build "$name" "$tree" all
+}
+
+# ------------------------------------------------------------------------------------------------- the packages
 
 package sharearea docs/examples/broker.toml broker.toml \
   "one copy of each identical file page, for all guests (dom0 side)" \
@@ -217,3 +304,4 @@ package sharearea-agent docs/examples/agent.toml agent.toml \
   "/var/cache/sharearea-agent" \
   "" \
   "docs/examples/agent.toml"
+package_view

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What the tests use of the system beyond what the product needs: makers of real file systems, images and package
-# databases. As root on Debian they are installed; else their packages are named, and the tests that need them are skipped
-# (with CI set, they fail). It leaves to setup.sh what nothing works without.
+# databases, and systemd's reader of units. As root on Debian they are installed; else their packages are named, and the
+# tests that need them are skipped (with CI set, they fail). It leaves to setup.sh what nothing works without.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PATH=$PATH:/usr/sbin:/sbin
@@ -19,6 +19,7 @@ missing_packages() {
   command -v rpmbuild >/dev/null && command -v rpm >/dev/null || echo rpm
   for tool in tar gzip bzip2 zstd; do command -v "$tool" >/dev/null || echo "$tool"; done
   command -v xz >/dev/null || echo xz-utils
+  command -v systemd-analyze >/dev/null || echo systemd
 }
 
 mapfile -t missing < <(missing_packages)

@@ -15,13 +15,31 @@ from .common.toml_schema import Problems, key
 from .common.wire import MAX_GLOBS, MAX_HELD
 
 MAX_FOLDERS: Final = 256
+MAX_VIEWS: Final = 64
 # The kernel takes a lease from us after 45 s (/proc/sys/fs/lease-break-time): by then consumers must have let go.
 MAX_LEASE_TIMEOUT: Final = 40.0  # seconds
 
 BACKEND_LOCAL: Final = "local"
 BACKEND_XEN: Final = "xen"
 
+_AT: Final = '"/run/sharearea-view/usr-share"'
+_VIEW: Final = f'{{ lower = "/usr/share", at = {_AT} }}'
 _HINT: Final = "docs/examples/agent.toml shows every key with its default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewConfig:
+    """A guest view, a table of agent.views. `lower` is its folder; it is mounted `at` another place, or `over` it."""
+
+    lower: Path = field(metadata=key(schema.AbsolutePath('"/usr/share"')))
+    at: str = field(default="", metadata=key(schema.OptionalPath(_AT)))
+    over: bool = field(default=False, metadata=key(schema.Boolean()))
+    verify: str = field(default="resident", metadata=key(schema.Choice(("resident", "all"))))
+
+    @property
+    def mounted_at(self) -> Path:
+        """Where it is mounted."""
+        return self.lower if self.over else Path(self.at)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +59,10 @@ class AgentConfig:
     allow_user_mappings: bool = field(default=False, metadata=key(schema.Boolean()))
     consumer_group: str = field(default="", metadata=key(schema.OptionalName(example='"sharearea"')))
     world_readable: bool = field(default=True, metadata=key(schema.Boolean()))
+    views: tuple[ViewConfig, ...] = field(
+        default=(),
+        metadata=key(schema.ListOf(schema.Table(ViewConfig, _VIEW, "a table with lower and at"), 0, MAX_VIEWS)),
+    )
     broker_socket: Path = field(
         default=Path("/run/sharearea/broker.sock"), metadata=key(schema.socket_path('"/run/sharearea/broker.sock"'))
     )
@@ -85,6 +107,7 @@ class AgentConfig:
             _check_folders(config, problems)
             _check_paths(config, problems)
             _check_backend(config, problems)
+            _check_views(config, problems)
         problems.raise_if_any(_HINT)
         assert config is not None  # or there was a problem
         return config
@@ -120,6 +143,37 @@ def _check_backend(config: AgentConfig, problems: Problems) -> None:
         ("allow_user_mappings", config.allow_user_mappings, False),
         ("consumer_group", config.consumer_group, ""),
         ("world_readable", config.world_readable, True),
+        ("views", config.views, ()),
     ):
         if value != meant:
             problems.add(f"agent.{name}", f'is for agent.backend = "{BACKEND_XEN}"', "leave it out")
+
+
+def _check_views(config: AgentConfig, problems: Problems) -> None:
+    for number, view in enumerate(config.views):
+        where = f"agent.views[{number}]"
+        if bool(view.at) == view.over:
+            problems.add(where, "is either `at` a place or `over` its folder", "write one of the two")
+            continue
+        # The kernel splits a mount's options at commas, and /proc/self/mountinfo its lines.
+        if "," in str(view.lower) or "\n" in f"{view.lower}{view.at}":
+            problems.add(f"{where}.lower", "has a comma or a line's end, which no mount can have", "rename the folder")
+        if not any(_related(view.lower, folder) for folder in config.folders):
+            problems.add(f"{where}.lower", f"{view.lower} is in none of agent.folders", "designate it there")
+        for at, folder in enumerate(config.folders):
+            if not view.over and view.mounted_at.is_relative_to(folder):
+                # The agent would meet its files there again, where it cannot lease them.
+                problems.add(f"{where}.at", f"is inside agent.folders[{at}] = {folder}", f"for example at = {_AT}")
+        if view.over and not config.one_file_system:
+            problems.add(
+                f"{where}.over", "needs agent.one_file_system = true", "leave that out, or mount the view `at`"
+            )
+        for other, earlier in enumerate(config.views[:number]):
+            if view.mounted_at == earlier.mounted_at:
+                problems.add(where, f"is mounted at the same place as agent.views[{other}]", "leave one out")
+            elif view.over and earlier.over and _related(view.lower, earlier.lower):
+                problems.add(where, f"covers the same files as agent.views[{other}]", "leave one out")
+
+
+def _related(one: Path, other: Path) -> bool:
+    return one.is_relative_to(other) or other.is_relative_to(one)

@@ -103,11 +103,13 @@ class ConsumerHub:
         off: str = "",
         *,
         serve_unchanged: bool = True,
+        plain_path: Callable[[int, FileKey], bytes | None] = lambda *_: None,
     ) -> None:
         """`allow`: whether a program with these credentials gets handles; one that may not stays plain.
 
         `off`: why no program of this guest does, as a reason code; "": programs do. `serve_unchanged`: whether
-        programs that do not know of shared pages get them, through the shim.
+        programs that do not know of shared pages get them, through the shim. `plain_path`: where a file that somebody
+        has opened is besides, if it may have been opened through a guest view, where nothing can be leased.
         """
         self._selector = selector
         self._mapper = mapper
@@ -116,6 +118,7 @@ class ConsumerHub:
         self._allow = allow
         self._off = off
         self._serve_unchanged = serve_unchanged
+        self._plain_path = plain_path
         self._told_unchanged = False
         self._next = 0
         self._consumers: dict[ConsumerId, _Consumer] = {}
@@ -235,7 +238,7 @@ class ConsumerHub:
             try:
                 # A description of our own: the consumer cannot touch a lease on it, nor close it. Nor can it make us
                 # wait, with a write lease of its own.
-                own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                own = self._open_again(fd, key)
             except BlockingIOError:
                 self._send(consumer, Plain(message.handle, "lease-refused"))
                 return
@@ -248,6 +251,23 @@ class ConsumerHub:
         known.uses.add(use)
         consumer.files[message.handle] = key
         self._feed(agent.Opened(consumer.id, message.handle, key))
+
+    def _open_again(self, fd: int, key: FileKey) -> int:
+        """Open a consumer's file for ourselves: a plain file, if there is a way to it."""
+        path = self._plain_path(fd, key)
+        if path is not None:
+            try:
+                own = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except BlockingIOError:
+                raise
+            except OSError:
+                pass  # it has lost that name
+            else:
+                info = os.fstat(own)
+                if (info.st_dev, info.st_ino) == key:
+                    return own
+                os.close(own)
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def hold(self, key: FileKey, path: bytes, use: tuple[ConsumerId, Handle]) -> bool:
         """Have a file open for a consumer that is no program (agent.VIEWS); False if it cannot be or is another."""

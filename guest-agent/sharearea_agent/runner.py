@@ -39,7 +39,8 @@ from .consumers import ConsumerHub, Credentials
 from .mapper import GUEST_PV, LocalMapper, Mapper, XenMapper
 from .scan import Counters, Pass, Run, Scanner, ScanSettings, runs_of, vanished
 from .view_control import ViewControl
-from .views import MOUNTS, Views, mounted_views
+from .view_mounts import MOUNTS, Covered, ViewMounts, inside, to_plain
+from .views import MountedView, Views, mounted_views
 from .watch import FolderWatch
 from .worker import Job, Steps, Then, Worker
 
@@ -91,6 +92,9 @@ class Runner:
         self._own_memory_at = 0.0
         self._own_memory = 0
         self._mappings_off = self._why_no_mappings()
+        self._mounts = ViewMounts(config)
+        self._covered: list[Covered] = []
+        self._for_views: dict[FileKey, agent.OfferToViews] = {}  # files on offer that are in a view, or would be
         self._views = self._find_views()
         if self._views is not None:
             self._undo.callback(self._views.close)
@@ -141,12 +145,15 @@ class Runner:
             self._who_may(),
             self._mappings_off[0],
             serve_unchanged=config.backend != BACKEND_XEN,
+            plain_path=self._plain_path,
         )
         self._undo.callback(self._hub.close)
         self._worker = Worker(self._wake, self._on_job_failed, self._close_cache)
         self._worker.start()
         self._undo.callback(self._worker.stop)
-        self._watch = FolderWatch([os.fsencode(folder) for folder in config.folders], settle=config.settle)
+        self._watch = FolderWatch(
+            [to_plain(self._covered, os.fsencode(folder)) for folder in config.folders], settle=config.settle
+        )
         self._undo.callback(self._watch.close)
         for error in self._watch.start():
             self.log.event("watch.limited", detail=error.message, hint=error.hint)
@@ -177,17 +184,36 @@ class Runner:
         return "", ""
 
     def _find_views(self) -> Views | None:
-        """Return the mounted views, if there are any and their module answers."""
-        if self.config.backend != BACKEND_XEN:
+        """Mount the configured views that are not mounted; return those that are, if their module answers."""
+        config = self.config
+        if config.backend != BACKEND_XEN:
             return None
+        problems = self._mount_views()
+        self._covered = self._mounts.plain_there()
         try:
-            views = mounted_views(MOUNTS.read_bytes())
-            if not views:
-                return None
-            return Views(ViewControl(), views, self._events.append, self.log.event)
+            views = mounted_views(MOUNTS.read_bytes(), self._covered)
+            if views or config.views:  # they may be mounted later, by others
+                return Views(ViewControl(), views, self._events.append, self.log.event)
         except (HostError, OSError) as error:
-            self.log.event("agent.limit", detail=f"guest views are mounted and cannot be used: {error}")
-            return None
+            if not problems:
+                problems.append(HostError(f"guest views cannot be used: {error}"))
+        finally:
+            if problems:
+                said = "; ".join(error.message for error in problems)
+                hint = "; ".join(dict.fromkeys(error.hint for error in problems if error.hint))
+                self.log.event("agent.limit", detail=f"{said}{f' ({hint})' if hint else ''}; plain files go on")
+        return None
+
+    def _mount_views(self) -> list[HostError]:
+        """Mount what is configured, unless somebody wants it down; return what is not mounted then, and why."""
+        mounts = self._mounts
+        if all(mounts.is_up(view) for view in mounts.views) or mounts.why_down():
+            return []
+        try:
+            with mounts.turn():
+                return mounts.up()
+        except HostError as error:
+            return [HostError(f"guest views are not mounted: {error.message}", "start sharearea-view.service")]
 
     def _make_connector(self) -> Connector:
         if self.config.backend != BACKEND_XEN:
@@ -487,20 +513,66 @@ class Runner:
     def _take_into_view(self, action: agent.OfferToViews) -> None:
         if self._views is None:
             return
-        path = os.fsencode(self.config.root) + action.path if self.config.root != Path("/") else action.path
+        path = os.fsencode(self.config.root).rstrip(b"/") + action.path
         handle = self._views.take_in(action.key, path)
         if handle is None:
+            if any(inside(path, os.fsencode(view.lower)) for view in self.config.views):
+                self._for_views[action.key] = action  # until its view comes
             return
-        if self._hub.hold(action.key, path, (agent.VIEWS, handle)):
+        if self._hub.hold(action.key, to_plain(self._covered, path), (agent.VIEWS, handle)):
+            self._for_views[action.key] = action
             self._events.append(agent.Opened(agent.VIEWS, handle, action.key))
         else:
             self._views.put_out(action.key)
 
     def _put_out_of_view(self, key: FileKey) -> None:
+        self._for_views.pop(key, None)
         handle = self._views.put_out(key) if self._views is not None else None
         if handle is not None:
-            self._hub.release(key, (agent.VIEWS, handle))
-            self._events.append(agent.Closed(agent.VIEWS, handle))
+            self._leave_view(key, handle)
+
+    def _leave_view(self, key: FileKey, handle: agent.Handle) -> None:
+        self._hub.release(key, (agent.VIEWS, handle))
+        self._events.append(agent.Closed(agent.VIEWS, handle))
+
+    def _use_views(self, views: list[MountedView]) -> None:
+        """Let go of what is in other views, and take files on offer into these."""
+        assert self._views is not None
+        for key, handle in self._views.use(views):
+            self._leave_view(key, handle)
+        waiting, self._for_views = self._for_views, {}
+        for action in waiting.values():
+            self._take_into_view(action)
+
+    def _on_view_question(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Answer `view`: views are about to be unmounted, or have been mounted."""
+        covered = self._mounts.plain_there()
+        if self._views is not None:
+            match question.get("do"), question.get("over", False):
+                case "down", bool(over):
+                    self._use_views([view for view in self._views.views if over and not view.over])
+                case "up", _:
+                    self._use_views(mounted_views(MOUNTS.read_bytes(), self._covered))
+                case _:
+                    raise UsageError("view: `do` is down or up, `over` whether only views over their folder")
+        return {
+            "views": [path_text(view.at) for view in self._views.views] if self._views is not None else [],
+            # What is scanned, and whether there are views at all, is settled when the agent starts.
+            "restart": covered != self._covered
+            or any(each.stale for each in covered)
+            or (self._views is None and bool(self.config.views)),
+        }
+
+    def _plain_path(self, fd: int, key: FileKey) -> bytes | None:
+        """Return where a file that a program has opened is plain, if it may be in a view."""
+        if self._views is None:
+            return None
+        action = self._for_views.get(key)
+        if action is not None:
+            return to_plain(self._covered, os.fsencode(self.config.root).rstrip(b"/") + action.path)
+        path = os.readlink(b"/proc/self/fd/%d" % fd)
+        plain = to_plain(self._covered, path)
+        return plain if plain != path else None
 
     def _on_views(self, _: int) -> None:
         assert self._views is not None
@@ -590,6 +662,7 @@ class Runner:
             exclude_hints=action.exclude,
             one_file_system=config.one_file_system,
             world_readable=config.world_readable,
+            plain=tuple((each.folder, each.plain) for each in self._covered),
         )
         if self._scanner_of == (action.epoch, settings):
             return
@@ -819,6 +892,8 @@ class Runner:
                 if self._views is not None:
                     status["view"] = self._views.status()
                 return status
+            case "view":
+                return self._on_view_question(question)
             case "detach":
                 path = question.get("path")
                 if path is not None and not isinstance(path, str):
@@ -839,7 +914,7 @@ class Runner:
                 self._events.append(agent.DropNow())
                 return {}
             case verb:
-                raise UsageError(f"no such question: {verb!r}", "status, ps, file, detach, reattach or drop")
+                raise UsageError(f"no such question: {verb!r}", "status, ps, file, detach, reattach, drop or view")
 
     def _programs(self) -> list[dict[str, Any]]:
         """Return the connected programs with the files that each has open, the largest part first."""

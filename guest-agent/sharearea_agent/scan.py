@@ -150,6 +150,8 @@ class ScanSettings:
 
     `exclude` is the guest's own list and is always obeyed. `include_hints`, `exclude_hints` are what the broker's
     policy would accept; the broker decides in any case, so a glob there that is none costs the hints, not the scan.
+    `plain`: folders (host paths) that guest views cover, each with where its plain files are. None lies inside a
+    designated folder, unless it is that folder itself.
     """
 
     folders: tuple[bytes, ...]
@@ -161,6 +163,7 @@ class ScanSettings:
     exclude_hints: tuple[str, ...] = ()
     one_file_system: bool = True
     world_readable: bool = True
+    plain: tuple[tuple[bytes, bytes], ...] = ()
 
 
 @dataclass(slots=True)
@@ -256,6 +259,7 @@ class Scanner:
         self._smallest = max(1, settings.min_file_bytes)
         self._largest = min(settings.max_file_bytes, MAX_FILE_PAGES * PAGE_SIZE)
         self._folders = tuple(self._below_root(folder) for folder in settings.folders)
+        self._plain = {self._below_root(folder): plain for folder, plain in settings.plain}
         try:
             self._filter = PathFilter(settings.include_hints, settings.exclude_hints + settings.exclude)
         except GlobError as error:
@@ -286,6 +290,9 @@ class Scanner:
 
     def reported_path(self, host: bytes) -> bytes | None:
         """Return what a path on the host is reported as; None if it is outside the root."""
+        for folder, plain in self._plain.items():
+            if host == plain or host.startswith(plain + b"/"):
+                return folder + host[len(plain) :]
         return host[len(self._root) :] if host.startswith(self._root + b"/") else None
 
     def _folder_of(self, path: bytes) -> bytes | None:
@@ -315,8 +322,8 @@ class Scanner:
 
         Raises _NotHere where others may not search it, or it is on another file system.
         """
-        fd = os.open(self._root or b"/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         here = b""
+        fd = os.open(self._plain.get(here, self._root or b"/"), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         device: int | None = None
         try:
             names = [name for name in path.split(b"/") if name]
@@ -326,14 +333,16 @@ class Scanner:
             if here in self._folders:
                 device = status.st_dev
             for at, name in enumerate(names):
+                here += b"/" + name
                 last = at == len(names) - 1
+                # An absolute path leads away from fd.
+                name = self._plain.get(here, name)
                 if last and last_flags != _PASSING_FLAGS:
                     deeper = self._open(name, last_flags, fd)
                 else:
                     deeper = os.open(name, _PASSING_FLAGS, dir_fd=fd)
                 os.close(fd)
                 fd = deeper
-                here += b"/" + name
                 status = self._check_folder(fd, device)
                 if device is None and here in self._folders:
                     device = status.st_dev

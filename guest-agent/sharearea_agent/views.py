@@ -1,9 +1,11 @@
 """The agent as the guest view's own consumer: it attaches granted pages to files of mounted views (docs/view.md).
 
-A view is found, not made: whatever is mounted of type `shareview` when the agent starts. Files come in when the broker
-offers pages of them and leave when they have lost their names; between, the state machine treats this like any other
-consumer, with the number VIEWS. What is attached needs no process: it stays right if the agent dies, and the next one
-begins by taking it all back, since nobody knows any more what the broker has granted.
+A view is found here, not made (view_mounts.py mounts): whatever there is of type `shareview` when the agent starts, and
+again when it is told of a change. Files come in when the broker offers pages of them and leave when they have lost
+their names, or when their view is taken down; between, the state machine treats this like any other consumer, with the
+number VIEWS. Paths are those that everybody sees, also of files whose plain ones are elsewhere because a view covers
+them. What is attached needs no process: it stays right if the agent dies, and the next one begins by taking it all
+back, since nobody knows any more what the broker has granted.
 """
 
 from __future__ import annotations
@@ -11,57 +13,48 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from . import agent
 from .agent import VIEWS, Event, FileKey, Handle
 from .common.events import path_text
 from .consumer_wire import MAPPED_DIFFERENT, MAPPED_DONE, MAPPED_NO_ROOM
 from .view_control import ViewControl
-
-MOUNTS: Final = Path("/proc/self/mountinfo")
-_OCTAL: Final = re.compile(rb"\\([0-7]{3})")
+from .view_mounts import Covered, mounts, to_seen
 
 
 @dataclass(frozen=True, slots=True)
 class MountedView:
-    """A view: its lower folder, and where it is mounted. Absolute paths."""
+    """A view: its lower folder, and where it is mounted, which is the same if it covers it. Absolute paths."""
 
     lower: bytes
     at: bytes
 
+    @property
+    def over(self) -> bool:
+        """Whether it covers its folder."""
+        return self.at == self.lower
+
     def path(self, plain: bytes) -> bytes | None:
         """Return where a file of the lower folder is in the view; None if it is not in it."""
-        inside = plain.removeprefix(self.lower + b"/")
+        inside = plain.removeprefix(self.lower.rstrip(b"/") + b"/")
         return None if inside == plain else self.at + b"/" + inside
 
 
-def mounted_views(mountinfo: bytes) -> list[MountedView]:
-    """Return the views in the text of /proc/self/mountinfo, but not those that cover their own lower folder.
+def mounted_views(mountinfo: bytes, covered: Sequence[Covered] = ()) -> list[MountedView]:
+    """Return the views in the text of /proc/self/mountinfo.
 
-    Through such a one an agent would scan and lease the view itself.
+    Of those that cover their own folder only the ones whose plain files are elsewhere (`covered`): through another the
+    agent would scan and lease the view itself.
     """
-    found = []
-    for line in mountinfo.splitlines():
-        left, _, right = line.partition(b" - ")
-        words, about = left.split(b" "), right.split(b" ")
-        if len(words) < 5 or len(about) < 3 or about[0] != b"shareview":
-            continue
-        options = [option for option in about[2].split(b",") if option.startswith(b"lower=")]
-        lower = _plain(_plain(options[0].removeprefix(b"lower="))) if options else b""
-        at = _plain(words[4])
-        if lower.startswith(b"/") and lower.rstrip(b"/") != at:
-            found.append(MountedView(lower.rstrip(b"/"), at))
-    return found
-
-
-def _plain(text: bytes) -> bytes:
-    """Undo the escapes of /proc."""
-    return _OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), text)
+    found: dict[bytes, MountedView] = {}
+    for mount in mounts(mountinfo):
+        found.pop(mount.at, None)
+        if mount.type == b"shareview" and mount.lower.startswith(b"/") and mount.lower != mount.at:
+            found[mount.at] = MountedView(to_seen(covered, mount.lower), mount.at)
+    return list(found.values())
 
 
 @dataclass(slots=True)
@@ -69,6 +62,7 @@ class _Entry:
     """A file that is in a view."""
 
     key: FileKey
+    view: MountedView
     path: bytes  # in the view
     epoch: int = 0  # from before its grants were asked for
     fd: int = -1  # of the view's file, while pages are attached
@@ -101,19 +95,17 @@ class Views:
         """Return the descriptor that is readable when pages were let go that nobody here has let go."""
         return self._control.fileno()
 
-    def place(self, plain: bytes) -> bytes | None:
-        """Return where a plain file is in a view; None if it is in none."""
-        for view in self._views:
-            path = view.path(plain)
-            if path is not None:
-                return path
-        return None
+    @property
+    def views(self) -> list[MountedView]:
+        """The views that files are taken into."""
+        return list(self._views)
 
     def take_in(self, key: FileKey, plain: bytes) -> Handle | None:
         """Take in a file of a view; return its new handle. None: in no view, another file there, or in already."""
-        path = self.place(plain)
-        if path is None or key in self._handles:
+        placed = next(((view, path) for view in self._views if (path := view.path(plain)) is not None), None)
+        if placed is None or key in self._handles:
             return None
+        view, path = placed
         try:
             seen = os.stat(path, follow_symlinks=False)
         except OSError:
@@ -121,7 +113,7 @@ class Views:
         if (seen.st_dev, seen.st_ino) != key:
             return None
         self._next += 1
-        self._entries[self._next] = _Entry(key, path)
+        self._entries[self._next] = _Entry(key, view, path)
         self._handles[key] = self._next
         return self._next
 
@@ -131,6 +123,14 @@ class Views:
         if handle is not None:
             self._let_go(self._entries.pop(handle))
         return handle
+
+    def use(self, views: list[MountedView]) -> list[tuple[FileKey, Handle]]:
+        """Take files into these views from now on; return those that were in others, and are let go and put out."""
+        self._views = views
+        gone = [(entry.key, handle) for handle, entry in self._entries.items() if entry.view not in views]
+        for key, _ in gone:
+            self.put_out(key)
+        return gone
 
     def asking(self, key: FileKey) -> None:
         """Note that grants for a file are asked for from now on: those of an earlier epoch are not for it."""

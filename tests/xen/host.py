@@ -43,6 +43,14 @@ def install(machine: Machine, name: str) -> None:
     machine.run(f"dpkg -i /tmp/{file.name} && rm /tmp/{file.name}", timeout=120)
 
 
+def view_counters(machine: Machine) -> dict[str, int]:
+    """Return the counters of the guest view's module in a guest."""
+    ask = "import json; from sharearea_agent.view_control import ViewControl as C; i = C().info(); "
+    said = machine.run(f"python3 -c '{ask}print(json.dumps({{n: getattr(i, n) for n in i.__slots__}}))'")
+    found: dict[str, int] = json.loads(said)
+    return found
+
+
 def toml(values: dict[str, object]) -> str:
     """Write keys of one table; JSON's strings, numbers and lists are TOML's, but for tables in lists."""
 

@@ -62,11 +62,17 @@ COMMON: Final = ("mount", "util-linux", "procps", "iproute2", "busybox-static")
 ROOTS: Final = {
     "dom0": (*COMMON, *BROKER_NEEDS, "xen-utils-4.17", "xenstore-utils", "kmod", "bsdextrautils"),
     "guest": (*COMMON, *AGENT_NEEDS, *DATA, *PROGRAMS),
+    # With systemd as process 1, package managers, and what our package of the kernel module depends on.
+    "systemd": (*COMMON, *AGENT_NEEDS, "systemd-sysv", "kmod", "dkms", "dnf", "rpm", "nginx-light"),
 }
 IMAGE_BYTES: Final = 1 << 30
 _HOOKS: Final = {"guest": ('--essential-hook=mkdir -p "$1/usr/share/man/man1"',)}
 """openjdk does not install where this folder is missing, as it is when manuals are left out."""
 _LEFT_OUT: Final = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*")
+
+_OPTIONS: Final = [
+    *("--variant=apt", *(f"--dpkgopt=path-exclude={glob}" for glob in _LEFT_OUT), "--dpkgopt=force-unsafe-io"),
+]
 
 _XEN_DEVICES: Final = ("xen-evtchn", "xen-gntdev", "xen-gntalloc", "xenfs")
 DOM0_MODULES: Final = (
@@ -92,6 +98,8 @@ class Images:
     dom0_ramdisk: Path
     dom0_root: Path
     guest_root: Path
+    systemd_root: Path
+    """What a guest that is created with `systemd` has as its disk."""
     guest_boot: Path
     """A disk for dom0 with what guests boot: vmlinux and guest.cpio."""
 
@@ -106,11 +114,12 @@ def build(say: Say) -> Images:
         boot = pool.submit(_boot_files, say)
         roots = {name: pool.submit(_root, name, packages, say) for name, packages in ROOTS.items()}
         folder = boot.result()
-        guest_root, dom0_root = roots["guest"].result(), roots["dom0"].result()
+        guest_root, dom0_root, systemd_root = (roots[name].result() for name in ("guest", "dom0", "systemd"))
     dom0_ramdisk = CACHE.parent / "dom0.cpio"
     dom0_ramdisk.write_bytes(_ramdisk(folder, DOM0_MODULES, "dom0-boot", ("dom0-init", "server.py", "hotplug")))
-    guest_boot = _guest_boot(folder, _ramdisk(folder, GUEST_MODULES, "guest-boot", ("guest-init", "server.py")))
-    return Images(folder / "xen", folder / "vmlinux", dom0_ramdisk, dom0_root, guest_root, guest_boot)
+    inside = ("guest-init", "lab.service", "server.py")
+    guest_boot = _guest_boot(folder, _ramdisk(folder, GUEST_MODULES, "guest-boot", inside))
+    return Images(folder / "xen", folder / "vmlinux", dom0_ramdisk, dom0_root, guest_root, systemd_root, guest_boot)
 
 
 # --------------------------------------------------------------------------------------------------- the host's part
@@ -230,16 +239,14 @@ def _unpacked(kernel: bytes) -> bytes:
 
 def _root(name: str, packages: Sequence[str], say: Say) -> Path:
     """Return an image (ext4) of a Debian root with these packages."""
-    options = ["--variant=apt", *(f"--dpkgopt=path-exclude={glob}" for glob in _LEFT_OUT), "--dpkgopt=force-unsafe-io"]
-    options += _HOOKS.get(name, ())
+    options = [*_OPTIONS, *_HOOKS.get(name, ())]
     image = CACHE / f"{name}-{_key(RELEASE, sorted(packages), options, IMAGE_BYTES)}.img"
     if image.exists():
         return image
     begun = time.monotonic()
-    say(f"root of {name}: {len(packages)} packages and what they need, from Debian")
     tree = CACHE / f"{name}.tree"
     shutil.rmtree(tree, ignore_errors=True)
-    _call(["mmdebstrap", *options, f"--include={','.join(packages)}", RELEASE, str(tree), *_sources()])
+    _debootstrap(name, packages, options, tree, say)
     with _made_whole(image) as part:
         with part.open("wb") as file:
             file.truncate(IMAGE_BYTES)
@@ -247,6 +254,21 @@ def _root(name: str, packages: Sequence[str], say: Say) -> Path:
     shutil.rmtree(tree)
     say(f"root of {name}: {time.monotonic() - begun:.0f} s")
     return image
+
+
+def debian_root(name: str, packages: Sequence[str], say: Say) -> Path:
+    """Return a folder with a Debian root with these packages, to be copied: it is kept."""
+    folder = CACHE / f"{name}-{_key(RELEASE, sorted(packages), _OPTIONS)}"
+    if not folder.exists():
+        update_lists(say)
+        with _made_whole(folder) as part:
+            _debootstrap(name, packages, _OPTIONS, part, say)
+    return folder
+
+
+def _debootstrap(name: str, packages: Sequence[str], options: Sequence[str], tree: Path, say: Say) -> None:
+    say(f"root of {name}: {len(packages)} packages and what they need, from Debian")
+    _call(["mmdebstrap", *options, f"--include={','.join(packages)}", RELEASE, str(tree), *_sources()])
 
 
 def _sources() -> list[str]:

@@ -39,6 +39,8 @@ DOM0_MIB: Final = 640
 GUEST_MIB: Final = 192
 DISKS: Final = ("vdb", "vdc", "vdd", "vde")
 """dom0's names of the guests' disks: four copies, each written by itself alone, of one image."""
+SYSTEMD_DISK: Final = "vdg"
+"""dom0's name of the disk of the one guest that may have systemd; a copy of another image."""
 BOOT_S: Final = 120.0
 GUEST_BOOT_S: Final = 90.0
 
@@ -109,7 +111,7 @@ class Lab:
             *("-kernel", str(images.xen), "-append", self._xen_options, "-initrd", kernel),
             *("-nic", f"user,model=virtio-net-pci,restrict=on,hostfwd=tcp:127.0.0.1:0-:{PORT}"),
         ]
-        for image in (images.dom0_root, *(images.guest_root for _ in DISKS), images.guest_boot):
+        for image in (images.dom0_root, *(images.guest_root for _ in DISKS), images.guest_boot, images.systemd_root):
             words += ["-drive", f"file={image},if=virtio,format=raw,snapshot=on,cache=unsafe"]
         with (FOLDER / "qemu.log").open("wb") as log:
             self._process = subprocess.Popen(
@@ -252,13 +254,26 @@ class Lab:
         """A guest, by its name."""
         return self.guests[name].machine
 
-    def create(self, name: str, kind: str, *, memory_mib: int = GUEST_MIB, wait: bool = True, uuid: str = "") -> Guest:
-        """Make a guest with a disk of its own, and wait until it takes commands. `uuid`: a chosen one."""
+    def create(
+        self,
+        name: str,
+        kind: str,
+        *,
+        memory_mib: int = GUEST_MIB,
+        wait: bool = True,
+        uuid: str = "",
+        systemd: bool = False,
+    ) -> Guest:
+        """Make a guest with a disk of its own, and wait until it takes commands.
+
+        `uuid`: a chosen one. `systemd`: with systemd as process 1, for which there is one disk.
+        """
         taken = {guest.disk for guest in self.guests.values()}
-        free = [disk for disk in DISKS if disk not in taken]
+        disks = (SYSTEMD_DISK,) if systemd else DISKS
+        free = [disk for disk in disks if disk not in taken]
         if not free:
             raise LabError("all disks are in use")
-        number = DISKS.index(free[0]) + 11
+        number = (*DISKS, SYSTEMD_DISK).index(free[0]) + 11
         address = f"10.77.0.{number}"
         guest = Guest(name, kind, free[0], address, self._machine(name, address))
         lines: dict[str, object] = {
@@ -277,6 +292,8 @@ class Lab:
         }
         if kind == "pvh":
             lines["tsc_mode"] = "native"  # RDTSCP is reported as RDTSC by this emulator
+        if systemd:
+            lines["extra"] = f"{lines['extra']} lab.init=systemd"
         if uuid:
             lines["uuid"] = uuid
         text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items())

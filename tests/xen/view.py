@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from . import host
+from . import host, view_packages
 from .channel import ChannelError, CommandFailed, Machine
 from .images import CACHE, HERE, ROOT, ImageError, Say, install
 from .kernel_log import complaints
@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "agents", 400, "broker and agents fill the views by themselves; a program that knows nothing reads", _agents
         ),
         Stage("unload", 100, "the module is unloaded; the guests' kernels have said nothing bad", _unload),
+        *view_packages.STAGES,
     ]
     if options.programs:
         stages[-1:-1] = [
@@ -369,10 +370,7 @@ def _nothing_attached(machine: Machine) -> bool:
 
 def _counters(machine: Machine) -> dict[str, int]:
     """The module's counters in a guest."""
-    ask = "import json; from sharearea_agent.view_control import ViewControl as C; i = C().info(); "
-    said = machine.run(f"python3 -c '{ask}print(json.dumps({{n: getattr(i, n) for n in i.__slots__}}))'")
-    found: dict[str, int] = json.loads(said)
-    return found
+    return host.view_counters(machine)
 
 
 def _unload(run: Run) -> None:
