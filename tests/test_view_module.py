@@ -15,18 +15,10 @@ import pytest
 
 from sharearea_agent import view_control
 from sharearea_agent.common.errors import HostError
+from tests.xen.kernels import LINES, headers_of
 
 KMOD = Path(__file__).resolve().parent.parent / "guest-agent" / "kmod"
 SOURCES = sorted(path for path in KMOD.iterdir() if path.suffix in (".c", ".h") or path.name in ("Kbuild", "Makefile"))
-LINES = ("5.10", "6.1", "6.12")
-"""The kernels that docs/view.md promises, by their first two numbers."""
-UNPACKED = KMOD.parent.parent / "build" / "kernel-headers"
-
-
-def headers_of(line: str) -> list[Path]:
-    """Where headers of a kernel's line are: installed, or unpacked by tools/kernel_headers.sh."""
-    found = [*Path("/lib/modules").glob(f"{line}.*/build"), *UNPACKED.glob(f"{line}.*/build")]
-    return sorted(path for path in found if (path / "Makefile").exists())
 
 
 def lacking(what: str) -> None:

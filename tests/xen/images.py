@@ -15,6 +15,7 @@ import lzma
 import os
 import shutil
 import stat
+import struct
 import subprocess
 import tempfile
 import time
@@ -34,6 +35,7 @@ HOST_PACKAGES: Final = {
     "e2fsprogs": "/sbin/mke2fs",
     "busybox-static": "/bin/busybox",
     "kmod": "/sbin/depmod",
+    "zstd": "/usr/bin/zstd",
     "gcc": "/usr/bin/gcc",
     "libc6-dev": "/usr/include/stdlib.h",
     "libxen-dev": "/usr/include/libxenvchan.h",
@@ -225,8 +227,15 @@ def take_kernel(folder: Path) -> None:
 
 def _unpacked(kernel: bytes) -> bytes:
     """Return the kernel that is packed in a bzImage: unpacking it at every boot of a guest takes seconds."""
-    start = kernel.find(b"\xfd7zXZ\0")
-    found = lzma.LZMADecompressor().decompress(kernel[start:]) if start > 0 else b""
+    # Documentation/arch/x86/boot.rst: setup_sects, payload_offset, payload_length; its last four bytes are a size.
+    begin = (kernel[0x1F1] + 1) * 512
+    offset, size = struct.unpack_from("<II", kernel, 0x248)
+    packed = kernel[begin + offset : begin + offset + size - 4]
+    found = b""
+    if packed.startswith(b"\xfd7zXZ\0"):
+        found = lzma.LZMADecompressor().decompress(packed)
+    elif packed.startswith(b"\x28\xb5\x2f\xfd"):
+        found = subprocess.run(["zstd", "-dc"], input=packed, stdout=subprocess.PIPE).stdout
     if found[:4] != b"\x7fELF":
         raise ImageError("the kernel of Debian is packed in an unknown way")
     return found
@@ -276,10 +285,10 @@ def _ramdisk(boot: Path, modules: Sequence[str], init: str, inside: Sequence[str
     }
     # Loaded in this order by insmod: modprobe would read its lists of all modules again and again.
     paths = _module_files(boot, version, modules)
-    for path in paths:
+    for number, path in enumerate(paths):
         data = (boot / path).read_bytes()
-        files[f"modules/{_unpacked_name(path)}"] = (lzma.decompress(data) if path.endswith(".xz") else data, 0o644)
-    files["modules.list"] = ("\n".join(map(_unpacked_name, paths)).encode(), 0o644)
+        files[f"modules/{number}.ko"] = (lzma.decompress(data) if path.endswith(".xz") else data, 0o644)
+    files["modules.list"] = ("\n".join(f"{number}.ko" for number in range(len(paths))).encode(), 0o644)
     for name in inside:
         files[f"lab/{name}"] = ((HERE / "inside" / name).read_bytes(), 0o755)
     # Not compressed: the emulated kernel would spend a second on it.

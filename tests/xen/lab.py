@@ -252,7 +252,9 @@ class Lab:
         """A guest, by its name."""
         return self.guests[name].machine
 
-    def create(self, name: str, kind: str, *, memory_mib: int = GUEST_MIB, wait: bool = True, uuid: str = "") -> Guest:
+    def create(
+        self, name: str, kind: str, *, memory_mib: int = GUEST_MIB, vcpus: int = 1, wait: bool = True, uuid: str = ""
+    ) -> Guest:
         """Make a guest with a disk of its own, and wait until it takes commands. `uuid`: a chosen one."""
         taken = {guest.disk for guest in self.guests.values()}
         free = [disk for disk in DISKS if disk not in taken]
@@ -264,12 +266,12 @@ class Lab:
         lines: dict[str, object] = {
             "name": name,
             "type": kind,
-            "kernel": "/lab/boot/vmlinux",
-            "ramdisk": "/lab/boot/guest.cpio",
+            "kernel": f"/lab/boot/{kind}/vmlinux",
+            "ramdisk": f"/lab/boot/{kind}/guest.cpio",
             "extra": f"console=hvc0 quiet panic=0 mitigations=off lab.name={name} lab.address={address}",
             "memory": memory_mib,
             "maxmem": memory_mib,
-            "vcpus": 1,
+            "vcpus": vcpus,
             "disk": [f"format=raw,vdev=xvda,access=rw,script=/lab/hotplug,target={guest.disk}"],
             "vif": [f"mac=00:16:3e:77:00:{number:02x},script=/lab/hotplug"],
             "on_crash": "preserve",
