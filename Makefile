@@ -16,7 +16,7 @@ XEN_ARGS ?=
 VIEW_ARGS ?=
 NATIVE := $(wildcard native/*.[ch] native/tests/*.[ch])
 
-.PHONY: help setup demo test test-xen test-view bench deb lint native-test native-test-sanitized fmt clean
+.PHONY: help setup demo test test-xen test-view test-view-debug bench deb lint native-test native-test-sanitized fmt clean
 
 help: ## list these words
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 32
@@ -49,6 +49,12 @@ test-view: setup ## the guest view on a real Xen (root; VIEW_ARGS=...)
 	@tools/kernel_headers.sh
 	@$(MAKE) SETUP_IS_DONE=1 deb
 	@$(BIN)/python -m tests.xen.view $(VIEW_ARGS)
+
+# Not a part of .ci/run: the first time it builds two kernels (docs/view.md). KASAN makes all of it several times slower.
+test-view-debug: export XEN_PATIENCE ?= 6
+test-view-debug: setup ## the guest view under kernels that look for faults (root; VIEW_ARGS=...)
+	@$(MAKE) SETUP_IS_DONE=1 deb
+	@$(BIN)/python -m tests.xen.view --kernel debug --vcpus 2 --without ratios $(VIEW_ARGS)
 
 bench: setup ## measure (BENCH_ARGS=...)
 	@$(BIN)/python -m bench $(BENCH_ARGS)

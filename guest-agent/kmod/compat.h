@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/* shareview: what differs between the kernels that it builds for, 6.1 to 6.12. */
+/* shareview: what differs between the kernels that it is built for: 5.10, and 6.1 to 6.12. */
 #ifndef SHAREVIEW_COMPAT_H
 #define SHAREVIEW_COMPAT_H
 
@@ -10,8 +10,59 @@
 #include <linux/version.h>
 #include <linux/xattr.h>
 
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 1, 0)
-#error "shareview needs Linux 6.1 or newer"
+/* Those between were never built; their changes are the same ones, one after the other. */
+#if LINUX_VERSION_CODE < KERNEL_VERSION(5, 10, 0) || \
+	(LINUX_VERSION_CODE >= KERNEL_VERSION(5, 11, 0) && \
+	 LINUX_VERSION_CODE < KERNEL_VERSION(6, 1, 0))
+#error "shareview is for Linux 5.10, and for 6.1 and newer"
+#endif
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(5, 11, 0)
+/*
+ * 5.10: mprotect asks no file system, so that a granted page could become executable, which ends a
+ * PVH guest. Mappings are the lower file's own there, always.
+ */
+#define SV_IDMAP_ARG
+#define FMODE_CAN_ODIRECT ((fmode_t)0) /* open looks at f_mapping itself */
+#define INVALID_GRANT_HANDLE ((grant_handle_t)-1)
+#define kmap_local_page kmap_atomic
+#define kunmap_local kunmap_atomic
+#define sv_inode_permission inode_permission
+#define sv_vfs_getxattr vfs_getxattr
+
+static inline bool is_idmapped_mnt(const struct vfsmount *mnt)
+{
+	return false; /* since 5.12 */
+}
+
+static inline void *alloc_inode_sb(struct super_block *sb, struct kmem_cache *cache, gfp_t gfp)
+{
+	return kmem_cache_alloc(cache, gfp);
+}
+
+/* If this fails, 5.10 gives back the file that it had given us, whatever the mapping has now. */
+static inline int sv_mmap_lower(struct file *lower, struct vm_area_struct *vma)
+{
+	struct file *file = vma->vm_file;
+	int err;
+
+	vma->vm_file = get_file(lower);
+	err = call_mmap(lower, vma);
+	fput(err ? lower : file);
+	return err;
+}
+#else
+#define SV_OWN_MAPPINGS
+#define SV_IDMAP_ARG struct sv_idmap *idmap,
+#define sv_inode_permission(inode, mask) inode_permission(sv_nop_idmap, inode, mask)
+#define sv_vfs_getxattr(dentry, name, value, size) \
+	vfs_getxattr(sv_nop_idmap, dentry, name, value, size)
+
+static inline int sv_mmap_lower(struct file *lower, struct vm_area_struct *vma)
+{
+	vma_set_file(vma, lower);
+	return call_mmap(lower, vma);
+}
 #endif
 
 /* 6.3: mounts' idmaps have their own type; flags of a mapping are set by a function; filelock.h */
@@ -34,7 +85,7 @@ static inline void vm_flags_set(struct vm_area_struct *vma, vm_flags_t flags)
 #else
 static inline void sv_lock_mapping(struct vm_area_struct *vma)
 {
-	mmap_assert_write_locked(vma->vm_mm);
+	lockdep_assert_held_write(&vma->vm_mm->mmap_lock);
 }
 #endif
 

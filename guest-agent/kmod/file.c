@@ -17,14 +17,6 @@
 
 #include "internal.h"
 
-/* Granted pages that one fault maps at most; the kernel's own number for cached pages. */
-#define SV_FAULT_AROUND 16UL
-
-static unsigned long sv_file_pages(struct file *file)
-{
-	return DIV_ROUND_UP(i_size_read(file->f_mapping->host), PAGE_SIZE);
-}
-
 static bool sv_has_table(struct file *file)
 {
 	return rcu_access_pointer(sv_inode(file_inode(file))->table);
@@ -173,6 +165,15 @@ static int sv_fadvise(struct file *file, loff_t offset, loff_t len, int advice)
 
 /* ----------------------------------------------------------------------------------------- map */
 
+#ifdef SV_OWN_MAPPINGS
+/* Granted pages that one fault maps at most; the kernel's own number for cached pages. */
+#define SV_FAULT_AROUND 16UL
+
+static unsigned long sv_file_pages(struct file *file)
+{
+	return DIV_ROUND_UP(i_size_read(file->f_mapping->host), PAGE_SIZE);
+}
+
 /* Map a granted page, and its neighbours as far as they are attached. Under sv_srcu. */
 static vm_fault_t sv_map_granted(struct vm_fault *vmf, struct sv_table *table)
 {
@@ -305,20 +306,29 @@ static bool sv_may_own(struct file *lower, const struct vm_area_struct *vma)
 	       inode->i_sb->s_magic == EXT4_SUPER_MAGIC && !IS_DAX(inode);
 }
 
+static bool sv_own(struct file *lower, struct vm_area_struct *vma)
+{
+	if (!sv_may_own(lower, vma))
+		return false;
+	vma->vm_ops = &sv_vm_operations;
+	/* Pages of the file and pages that are none of any file. */
+	vm_flags_set(vma, VM_MIXEDMAP);
+	return true;
+}
+#else
+static bool sv_own(struct file *lower, struct vm_area_struct *vma)
+{
+	return false;
+}
+#endif
+
 static int sv_mmap(struct file *file, struct vm_area_struct *vma)
 {
 	struct file *lower = file->private_data;
 
-	if (!sv_may_own(lower, vma)) {
-		if (!lower->f_op->mmap)
-			return -ENODEV;
-		vma_set_file(vma, lower);
-		return call_mmap(vma->vm_file, vma);
-	}
-	vma->vm_ops = &sv_vm_operations;
-	/* Pages of the file and pages that are none of any file. */
-	vm_flags_set(vma, VM_MIXEDMAP);
-	return 0;
+	if (sv_own(lower, vma))
+		return 0;
+	return lower->f_op->mmap ? sv_mmap_lower(lower, vma) : -ENODEV;
 }
 
 const struct file_operations sv_file_operations = {

@@ -15,8 +15,8 @@ static struct kmem_cache *sv_inode_cache;
 
 /* ---------------------------------------------------------------------------------- attributes */
 
-static int sv_inode_getattr(struct sv_idmap *idmap, const struct path *path, struct kstat *stat,
-			    u32 mask, unsigned int flags)
+static int sv_inode_getattr(SV_IDMAP_ARG const struct path *path, struct kstat *stat, u32 mask,
+			    unsigned int flags)
 {
 	struct path lower;
 
@@ -25,9 +25,9 @@ static int sv_inode_getattr(struct sv_idmap *idmap, const struct path *path, str
 }
 
 /* Also without blocking (MAY_NOT_BLOCK): an inode and what it points to are freed after RCU. */
-static int sv_permission(struct sv_idmap *idmap, struct inode *inode, int mask)
+static int sv_permission(SV_IDMAP_ARG struct inode *inode, int mask)
 {
-	return inode_permission(sv_nop_idmap, sv_inode(inode)->lower, mask);
+	return sv_inode_permission(sv_inode(inode)->lower, mask);
 }
 
 static const char *sv_get_link(struct dentry *dentry, struct inode *inode,
@@ -46,7 +46,7 @@ static ssize_t sv_listxattr(struct dentry *dentry, char *list, size_t size)
 static int sv_xattr_get(const struct xattr_handler *handler, struct dentry *dentry,
 			struct inode *inode, const char *name, void *value, size_t size)
 {
-	return vfs_getxattr(sv_nop_idmap, sv_lower_dentry(dentry), name, value, size);
+	return sv_vfs_getxattr(sv_lower_dentry(dentry), name, value, size);
 }
 
 static const struct xattr_handler sv_xattr_handler = {

@@ -3,6 +3,7 @@
 Works as root on Debian 12. What is missing there is installed, and named. Results are kept in build/xen/cache below a
 key of everything that went into them: a second run builds only the ram disks, which carry the scripts of inside/ and
 take less than a second. Neither root holds anything of sharearea: the test run installs the packages it has just built.
+Guests may be given other kernels than dom0's, by their kind (kernels.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import lzma
 import os
 import shutil
 import stat
+import struct
 import subprocess
 import tempfile
 import time
@@ -33,6 +35,7 @@ HOST_PACKAGES: Final = {
     "e2fsprogs": "/sbin/mke2fs",
     "busybox-static": "/bin/busybox",
     "kmod": "/sbin/depmod",
+    "zstd": "/usr/bin/zstd",
     "gcc": "/usr/bin/gcc",
     "libc6-dev": "/usr/include/stdlib.h",
     "libxen-dev": "/usr/include/libxenvchan.h",
@@ -80,6 +83,7 @@ DOM0_MODULES: Final = (
     *_XEN_DEVICES,
     *("xen-privcmd", "xen-blkback", "xen-netback", "bridge"),
 )
+GUEST_KINDS: Final = ("pv", "pvh")
 GUEST_MODULES: Final = ("xen-blkfront", "xen-netfront", "crc32c_generic", "ext4", *_XEN_DEVICES)
 
 Say = Callable[[str], None]
@@ -101,11 +105,14 @@ class Images:
     systemd_root: Path
     """What a guest that is created with `systemd` has as its disk."""
     guest_boot: Path
-    """A disk for dom0 with what guests boot: vmlinux and guest.cpio."""
+    """A disk for dom0 with what guests boot, a folder for each kind: vmlinux and guest.cpio."""
 
 
-def build(say: Say) -> Images:
-    """Build what is not in the cache, and return where everything is. ImageError says what failed."""
+def build(say: Say, kernels: Mapping[str, Path] | None = None) -> Images:
+    """Build what is not in the cache, and return where everything is. ImageError says what failed.
+
+    `kernels`: the kind of a guest -> a folder with vmlinux and lib/modules, where it is not to be dom0's.
+    """
     if os.geteuid() != 0:
         raise ImageError("the lab needs root: mmdebstrap makes device nodes, QEMU is given its images")
     install_missing(say)
@@ -117,8 +124,7 @@ def build(say: Say) -> Images:
         guest_root, dom0_root, systemd_root = (roots[name].result() for name in ("guest", "dom0", "systemd"))
     dom0_ramdisk = CACHE.parent / "dom0.cpio"
     dom0_ramdisk.write_bytes(_ramdisk(folder, DOM0_MODULES, "dom0-boot", ("dom0-init", "server.py", "hotplug")))
-    inside = ("guest-init", "lab.service", "server.py")
-    guest_boot = _guest_boot(folder, _ramdisk(folder, GUEST_MODULES, "guest-boot", inside))
+    guest_boot = _guest_boot({kind: (kernels or {}).get(kind, folder) for kind in GUEST_KINDS})
     return Images(folder / "xen", folder / "vmlinux", dom0_ramdisk, dom0_root, guest_root, systemd_root, guest_boot)
 
 
@@ -137,17 +143,17 @@ def install(packages: Sequence[str], say: Say) -> None:
     say(f"installing from Debian: {' '.join(packages)}")
     update_lists(say)
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    _call(["apt-get", "install", "-y", "--no-install-recommends", *packages], environment=environment)
+    call(["apt-get", "install", "-y", "--no-install-recommends", *packages], environment=environment)
 
 
 def update_lists(say: Say) -> None:
     """Fetch Debian's package lists if this host has none."""
     if not any(Path("/var/lib/apt/lists").glob("*_Packages*")):
         say("apt-get update")
-        _call(["apt-get", "update"])
+        call(["apt-get", "update"])
 
 
-def _call(
+def call(
     words: Sequence[str],
     *,
     folder: Path | None = None,
@@ -174,12 +180,12 @@ def _call(
     return done.stdout
 
 
-def _key(*parts: object) -> str:
+def key_of(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
-def _made_whole(path: Path) -> Iterator[Path]:
+def made_whole(path: Path) -> Iterator[Path]:
     """Give a place to build in, and move it to `path` only when the building is done."""
     part = path.with_name(path.name + f".part{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
@@ -199,36 +205,49 @@ def _made_whole(path: Path) -> Iterator[Path]:
 
 def _boot_files(say: Say) -> Path:
     """Return a folder with xen, vmlinux and lib/modules of Debian's packages."""
-    folder = CACHE / f"boot-{_key(XEN_PACKAGE, KERNEL_META, 'vmlinux')}"
+    folder = CACHE / f"boot-{key_of(XEN_PACKAGE, KERNEL_META, 'vmlinux')}"
     if folder.exists():
         return folder
     begun = time.monotonic()
     update_lists(say)
-    depends = _call(["apt-cache", "depends", KERNEL_META])
+    depends = call(["apt-cache", "depends", KERNEL_META])
     (kernel_package,) = {line.split()[-1] for line in depends.splitlines() if "Depends: linux-image-6" in line}
-    with _made_whole(folder) as part:
+    with made_whole(folder) as part:
         part.mkdir(parents=True)
-        _call(["apt-get", "download", "-o", "APT::Sandbox::User=root", XEN_PACKAGE, kernel_package], folder=part)
+        call(["apt-get", "download", "-o", "APT::Sandbox::User=root", XEN_PACKAGE, kernel_package], folder=part)
         for deb in sorted(part.glob("*.deb")):
-            _call(["dpkg-deb", "-x", str(deb), str(part / "tree")])
+            call(["dpkg-deb", "-x", str(deb), str(part / "tree")])
             deb.unlink()
         (xen,) = (part / "tree/boot").glob("xen-4.17-amd64.gz")
         (part / "xen").write_bytes(gzip.decompress(xen.read_bytes()))
-        (kernel,) = (part / "tree/boot").glob("vmlinuz-*")
-        (part / "vmlinux").write_bytes(_unpacked(kernel.read_bytes()))
-        (part / "lib").mkdir()
-        (part / "tree/lib/modules").rename(part / "lib/modules")
-        (version,) = os.listdir(part / "lib/modules")
-        _call(["depmod", "-b", str(part), version])
-        shutil.rmtree(part / "tree")
+        take_kernel(part)
     say(f"{XEN_PACKAGE} and {kernel_package}: {time.monotonic() - begun:.0f} s")
     return folder
 
 
+def take_kernel(folder: Path) -> None:
+    """Take vmlinux and lib/modules out of the unpacked packages in `folder`/tree, which goes."""
+    tree = folder / "tree"
+    (kernel,) = (tree / "boot").glob("vmlinuz-*")
+    (folder / "vmlinux").write_bytes(_unpacked(kernel.read_bytes()))
+    (folder / "lib").mkdir()
+    (tree / "lib/modules").rename(folder / "lib/modules")
+    (version,) = os.listdir(folder / "lib/modules")
+    call(["depmod", "-b", str(folder), version])
+    shutil.rmtree(tree)
+
+
 def _unpacked(kernel: bytes) -> bytes:
     """Return the kernel that is packed in a bzImage: unpacking it at every boot of a guest takes seconds."""
-    start = kernel.find(b"\xfd7zXZ\0")
-    found = lzma.LZMADecompressor().decompress(kernel[start:]) if start > 0 else b""
+    # Documentation/arch/x86/boot.rst: setup_sects, payload_offset, payload_length; its last four bytes are a size.
+    begin = (kernel[0x1F1] + 1) * 512
+    offset, size = struct.unpack_from("<II", kernel, 0x248)
+    packed = kernel[begin + offset : begin + offset + size - 4]
+    found = b""
+    if packed.startswith(b"\xfd7zXZ\0"):
+        found = lzma.LZMADecompressor().decompress(packed)
+    elif packed.startswith(b"\x28\xb5\x2f\xfd"):
+        found = subprocess.run(["zstd", "-dc"], input=packed, stdout=subprocess.PIPE).stdout
     if found[:4] != b"\x7fELF":
         raise ImageError("the kernel of Debian is packed in an unknown way")
     return found
@@ -240,17 +259,17 @@ def _unpacked(kernel: bytes) -> bytes:
 def _root(name: str, packages: Sequence[str], say: Say) -> Path:
     """Return an image (ext4) of a Debian root with these packages."""
     options = [*_OPTIONS, *_HOOKS.get(name, ())]
-    image = CACHE / f"{name}-{_key(RELEASE, sorted(packages), options, IMAGE_BYTES)}.img"
+    image = CACHE / f"{name}-{key_of(RELEASE, sorted(packages), options, IMAGE_BYTES)}.img"
     if image.exists():
         return image
     begun = time.monotonic()
     tree = CACHE / f"{name}.tree"
     shutil.rmtree(tree, ignore_errors=True)
     _debootstrap(name, packages, options, tree, say)
-    with _made_whole(image) as part:
+    with made_whole(image) as part:
         with part.open("wb") as file:
             file.truncate(IMAGE_BYTES)
-        _call(["/sbin/mke2fs", "-q", "-t", "ext4", "-E", "lazy_itable_init=1", "-d", str(tree), str(part)])
+        call(["/sbin/mke2fs", "-q", "-t", "ext4", "-E", "lazy_itable_init=1", "-d", str(tree), str(part)])
     shutil.rmtree(tree)
     say(f"root of {name}: {time.monotonic() - begun:.0f} s")
     return image
@@ -258,17 +277,17 @@ def _root(name: str, packages: Sequence[str], say: Say) -> Path:
 
 def debian_root(name: str, packages: Sequence[str], say: Say) -> Path:
     """Return a folder with a Debian root with these packages, to be copied: it is kept."""
-    folder = CACHE / f"{name}-{_key(RELEASE, sorted(packages), _OPTIONS)}"
+    folder = CACHE / f"{name}-{key_of(RELEASE, sorted(packages), _OPTIONS)}"
     if not folder.exists():
         update_lists(say)
-        with _made_whole(folder) as part:
+        with made_whole(folder) as part:
             _debootstrap(name, packages, _OPTIONS, part, say)
     return folder
 
 
 def _debootstrap(name: str, packages: Sequence[str], options: Sequence[str], tree: Path, say: Say) -> None:
     say(f"root of {name}: {len(packages)} packages and what they need, from Debian")
-    _call(["mmdebstrap", *options, f"--include={','.join(packages)}", RELEASE, str(tree), *_sources()])
+    call(["mmdebstrap", *options, f"--include={','.join(packages)}", RELEASE, str(tree), *_sources()])
 
 
 def _sources() -> list[str]:
@@ -292,24 +311,36 @@ def _ramdisk(boot: Path, modules: Sequence[str], init: str, inside: Sequence[str
     }
     # Loaded in this order by insmod: modprobe would read its lists of all modules again and again.
     paths = _module_files(boot, version, modules)
-    for path in paths:
-        files[f"modules/{Path(path).name}"] = ((boot / path).read_bytes(), 0o644)
-    files["modules.list"] = ("\n".join(Path(path).name for path in paths).encode(), 0o644)
+    for number, path in enumerate(paths):
+        data = (boot / path).read_bytes()
+        files[f"modules/{number}.ko"] = (lzma.decompress(data) if path.endswith(".xz") else data, 0o644)
+    files["modules.list"] = ("\n".join(f"{number}.ko" for number in range(len(paths))).encode(), 0o644)
     for name in inside:
         files[f"lab/{name}"] = ((HERE / "inside" / name).read_bytes(), 0o755)
     # Not compressed: the emulated kernel would spend a second on it.
     return _cpio(files)
 
 
-def _guest_boot(boot: Path, ramdisk: bytes) -> Path:
-    """Return an image (ext4) with the files that xl boots guests from."""
+def _guest_boot(boots: Mapping[str, Path]) -> Path:
+    """Return an image (ext4) with the files that xl boots guests from, by the guest's kind."""
     image = CACHE.parent / "guest-boot.img"
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder, _made_whole(image) as part:
-        (Path(folder) / "guest.cpio").write_bytes(ramdisk)
-        os.link(boot / "vmlinux", Path(folder) / "vmlinux")
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder, made_whole(image) as part:
+        made: dict[Path, str] = {}
+        size = 16 << 20
+        inside = ("guest-init", "lab.service", "server.py")
+        for kind, boot in boots.items():
+            place = Path(folder) / kind
+            if boot in made:
+                place.symlink_to(made[boot])
+                continue
+            made[boot] = kind
+            place.mkdir()
+            (place / "guest.cpio").write_bytes(_ramdisk(boot, GUEST_MODULES, "guest-boot", inside))
+            os.link(boot / "vmlinux", place / "vmlinux")
+            size += sum(file.stat().st_size for file in place.iterdir())
         with part.open("wb") as file:
-            file.truncate(128 << 20)
-        _call(["/sbin/mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", folder, str(part)])
+            file.truncate(-(-size // (1 << 20)) << 20)
+        call(["/sbin/mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", folder, str(part)])
     return image
 
 
@@ -320,7 +351,7 @@ def _module_files(boot: Path, version: str, modules: Sequence[str]) -> list[str]
     """
     found: dict[str, None] = {}
     for module in modules:
-        said = _call(["/sbin/modprobe", "-d", str(boot), "-S", version, "--show-depends", module])
+        said = call(["/sbin/modprobe", "-d", str(boot), "-S", version, "--show-depends", module])
         for line in said.splitlines():
             words = line.split()
             if words and words[0] == "insmod":

@@ -7,7 +7,7 @@ from typing import Final
 
 COMPLAINT: Final = re.compile(
     r"\bBUG\b|\bWARNING:|Oops|Bad page|Call Trace|general protection|Out of memory|hung task|rcu.*stall"
-    r"|shareview: .*lost"
+    r"|shareview: .*lost|UBSAN|non-static key|blocked for more than|kmemleak: .*disabled"
 )
 KNOWN: Final = re.compile(r"WARNING: .* at include/linux/mm_inline\.h:\d+ unmap_page_range")
 """Linux 6.1 in a PV guest, with or without sharearea: pte_install_uffd_wp_if_needed() looks whether an entry that was

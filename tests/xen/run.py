@@ -14,7 +14,7 @@ import platform
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -77,11 +77,15 @@ def perform(
     stay: bool = False,
     results_path: Path = RESULTS,
     limit_s: float = LIMIT_S / PATIENCE,
+    kernels: Mapping[str, Path] | None = None,
 ) -> tuple[int, int]:
-    """Run stages on a fresh host; write the results; return how many passed and failed. `stay`: leave a failure up."""
+    """Run stages on a fresh host; write the results; return how many passed and failed. `stay`: leave a failure up.
+
+    `kernels`: other kernels for guests, by their kind (images.build).
+    """
     limit = limit_s * PATIENCE
     begun = time.monotonic()
-    images = build(say)
+    images = build(say, kernels)
     built = time.monotonic() - begun
     results: dict[str, Any] = {
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -20,9 +20,10 @@ from typing import Any, Final
 
 from . import host, view_packages
 from .channel import ChannelError, CommandFailed, Machine
-from .images import CACHE, HERE, ROOT, ImageError, Say, install
+from .images import HERE, ROOT, ImageError
 from .kernel_log import complaints
-from .lab import FOLDER
+from .kernels import DEBUG, HOST_LINE, LINES, Kernel, debian, debug, usual
+from .lab import FOLDER, GUEST_MIB
 from .run import Run, Stage, perform
 
 KMOD: Final = ROOT / "guest-agent" / "kmod"
@@ -34,6 +35,10 @@ FIRST: Final = {"h1": 8, "v1": 5000}
 PAGES, TAIL, SEED = 512, 1234, 7  # view_probe.py has the same
 BIG_PAGES, BIG_SEED = 4096, 8
 LIMIT_S: Final = 2100.0
+DEBUG_MIB: Final = 512
+LEAKS: Final = "/sys/kernel/debug/kmemleak"
+SCAN: Final = f"sleep 6; echo scan >{LEAKS}; sleep 6; echo scan >{LEAKS}"
+"""What is younger than five seconds is not reported, and what a register held is found the second time."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,8 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--misuse", type=float, default=20, metavar="SECONDS", help="for each guest (default: 20)")
     parser.add_argument("--programs", action="store_true", help="real programs too (not run on Xen yet: docs/view.md)")
     parser.add_argument("--stay", action="store_true", help="leave the host up when a stage fails")
+    parser.add_argument("--kernel", choices=(*LINES, DEBUG), default=HOST_LINE, help="the guests' kernel")
+    parser.add_argument("--vcpus", type=int, default=1, metavar="N", help="virtual processors of a guest (default: 1)")
     options = parser.parse_args(arguments)
     from . import view_programs  # which imports this module
+
+    kernels: dict[str, Kernel] = {}
+
+    def module(run: Run) -> None:
+        _module(run, kernels, options.vcpus)
 
     def misuse(run: Run) -> None:
         _misuse(run, options.misuse)
@@ -55,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _torture(run, options.torture)
 
     stages = [
-        Stage("module", 600, "the module is built and loaded in a PVH and a PV guest", _module),
+        Stage("module", 600, "the module is built and loaded in a PVH and a PV guest", module),
         Stage("rules", 600, "reads, mappings, writers, executing, pinned pages, unmounting", _rules),
         Stage("same", 600, "single calls do on a view what they do on the plain folder", view_programs.same),
         Stage("misuse", 300 + 2 * options.misuse, "wrong arguments are refused", misuse),
@@ -66,16 +78,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Stage(
             "agents", 400, "broker and agents fill the views by themselves; a program that knows nothing reads", _agents
         ),
-        Stage("unload", 100, "the module is unloaded; the guests' kernels have said nothing bad", _unload),
-        *view_packages.STAGES,
     ]
+    more: list[Stage] = []
     if options.programs:
-        stages[-1:-1] = [
+        more += [
             Stage("programs", 900, "python3, sqlite3, git, nginx and a JVM on views", view_programs.programs),
             Stage("moved", 600, "saved, restored and migrated while programs run on views", view_programs.moved),
             Stage("balloon", 200, "what the guests gave up comes back to the host", view_programs.balloon),
             Stage("programs-end", 200, "all is detached and unmounted", view_programs.end),
         ]
+    if options.kernel == DEBUG:
+        more += [
+            Stage("no-memory", 1200, "each allocation of a call fails once", _no_memory),
+            Stage("leaks", 600, "no memory is lost while the module is loaded; lockdep still looks", _leaks),
+        ]
+    stages += [
+        *more,
+        Stage("unload", 100, "the module is unloaded; the guests' kernels have said nothing bad", _unload),
+    ]
+    if options.kernel == DEBUG:
+        stages.append(Stage("leaks-after", 600, "nor when it is gone", _leaks))
+    if options.kernel == HOST_LINE:
+        stages += view_packages.STAGES
     names = [stage.name for stage in stages]
     for name in (*options.without, *([options.until] if options.until else [])):
         if name not in names:
@@ -89,9 +113,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
 
     try:
+        for kind in GUESTS.values() if options.kernel != HOST_LINE else ():
+            kernels[kind] = debug(kind, say) if options.kernel == DEBUG else debian(options.kernel, say)
         chosen = [stage for stage in stages if stage.name not in options.without]
         limit = LIMIT_S + 2 * (options.torture + options.misuse) + (1900 if options.programs else 0)
-        passed, failed = perform(chosen, say, stay=options.stay, results_path=RESULTS, limit_s=limit)
+        boots = {kind: kernel.boot for kind, kernel in kernels.items()}
+        passed, failed = perform(chosen, say, stay=options.stay, results_path=RESULTS, limit_s=limit, kernels=boots)
     except ImageError as error:
         sys.stderr.write(f"test-view: {error}\n")
         return 1
@@ -102,37 +129,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-def build_module(say: Say) -> Path:
-    """Build the module for the kernel that the lab's guests run; return it, without symbols for debuggers."""
-    # Of several in the cache the one that was made last is the one that boots.
-    version = max(CACHE.glob("boot-*/lib/modules/*"), key=lambda path: path.parents[2].stat().st_mtime).name
-    headers = Path("/lib/modules") / version / "build"
-    if not (headers / "Makefile").exists():
-        install([f"linux-headers-{version}"], say)
-    shutil.rmtree(WORK, ignore_errors=True)
-    WORK.mkdir(parents=True)
+def build_module(kernel: Kernel) -> Path:
+    """Build the module for a kernel; return it, without symbols for debuggers."""
+    work = WORK / kernel.name
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     for path in KMOD.iterdir():
         if path.suffix in (".c", ".h") or path.name in ("Kbuild", "Makefile"):
-            shutil.copy(path, WORK)
-    for words in (
-        ["make", "-C", str(headers), f"M={WORK}", "modules"],
-        ["strip", "-g", str(WORK / "shareview.ko")],
-        [
-            "gcc",
-            "-O2",
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            "-static",
-            "-o",
-            str(WORK / "view_bench"),
-            str(HERE / "view_bench.c"),
-        ],
-    ):
-        done = subprocess.run(words, capture_output=True, text=True)
-        if done.returncode:
-            raise ImageError(f"{' '.join(words)}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return WORK / "shareview.ko"
+            shutil.copy(path, work)
+    _call("make", "-C", str(kernel.headers), f"M={work}", "modules")
+    _call("strip", "-g", str(work / "shareview.ko"))
+    return work / "shareview.ko"
+
+
+def _build_bench() -> Path:
+    bench = WORK / "view_bench"
+    _call("gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-o", str(bench), str(HERE / "view_bench.c"))
+    return bench
+
+
+def _call(*words: str) -> None:
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise ImageError(f"{' '.join(words)}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
 def _granter(run: Run) -> host.Talker:
@@ -177,16 +196,22 @@ def _log_is_clean(machine: Machine) -> None:
 # ------------------------------------------------------------------------------------------------------------ stages
 
 
-def _module(run: Run) -> None:
-    module = build_module(run.say)
+def _module(run: Run, kernels: dict[str, Kernel], vcpus: int) -> None:
+    modules = {kind: build_module(kernels.get(kind) or usual(run.say)) for kind in GUESTS.values()}
+    bench = _build_bench()
     host.install(run.lab.dom0, "sharearea")
     for name, kind in GUESTS.items():
-        run.lab.create(name, kind)
+        looking = kind in kernels and kernels[kind].name.startswith(DEBUG)
+        run.lab.create(name, kind, vcpus=vcpus, memory_mib=DEBUG_MIB if looking else GUEST_MIB)
         machine = run.lab.guest(name)
         host.install(machine, "sharearea-agent")
-        machine.put("/run/shareview.ko", module)
+        machine.put("/run/shareview.ko", modules[kind])
         machine.put("/run/view_probe.py", HERE / "view_probe.py")
-        machine.put("/run/view_bench", WORK / "view_bench", mode=0o755)
+        machine.put("/run/view_bench", bench, mode=0o755)
+        run.say(f"  {name}: Linux {machine.run('uname -r').strip()}, {machine.run('nproc').strip()} vCPU")
+        if looking:
+            machine.run(f"mount -t debugfs debugfs /sys/kernel/debug; {SCAN}; echo clear >{LEAKS}", timeout=300)
+            assert _lockdep_looks(machine), f"{name}: lockdep has stopped before the module was there"
         machine.run("dmesg -C; busybox insmod /run/shareview.ko")
     _fill(run)
 
@@ -382,6 +407,28 @@ def _unload(run: Run) -> None:
         leak = machine.run("cat /proc/slabinfo")
         assert not re.search(r"^shareview", leak, re.M), f"{name}: inodes are left"
     _granter(run).close()
+
+
+def _lockdep_looks(machine: Machine) -> bool:
+    """Whether lockdep still looks: it stops at its first complaint, and when one of its tables is full."""
+    return bool(re.search(r"^\s*debug_locks:\s+1$", machine.run("cat /proc/lockdep_stats"), re.M))
+
+
+def _no_memory(run: Run) -> None:
+    for name in GUESTS:
+        found = _probe(run, name, "starve", limit=500)
+        _none_in_use(run, name)
+        run.number(f"{name}_failed_allocations", found["failed"])
+
+
+def _leaks(run: Run) -> None:
+    for name in GUESTS:
+        machine = run.lab.guest(name)
+        machine.run(SCAN, timeout=300)
+        found = machine.run(f"cat {LEAKS}")
+        assert not found.strip(), f"{name}: kmemleak: {found[:3000]}"
+        assert _lockdep_looks(machine), f"{name}: lockdep has stopped"
+        _log_is_clean(machine)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ as it must be, 1 and what was not on standard error if not.
   rules    read, mmap, attach, detach, writers, executing, pinned pages, unmount: each page compared, each refusal tried
   misuse   every argument of every ioctl wrong, by itself and at random; mount options too
   torture  readers of all kinds against attach and detach, writers on the lower file, dropped caches
+  starve   every allocation of every call fails, one by one (a kernel with fault injection)
   measure  the same file attached and plain: time, and what the page cache holds
   hold     attach, and compare a mapping again and again until /run/view-stop is there; /run/view-state.json says how
            it is
@@ -28,6 +29,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator
@@ -131,7 +133,8 @@ class Probe:
     def __init__(self, area: int, first: int) -> None:
         self.area, self.first = area, first
         self.kind = Path("/sys/hypervisor/guest_type").read_text().strip()
-        self.owns = self.kind != "PV"  # mappings of the view are the module's
+        release = tuple(int(number) for number in os.uname().release.split(".")[:2])
+        self.owns = self.kind != "PV" and release >= (5, 11)  # mappings of the view are the module's
         self.want = content(SEED, PAGES, TAIL)[: (PAGES - 1) * PAGE + TAIL]
         self.padded = self.want + bytes(PAGES * PAGE - len(self.want))
         self.wrong: list[str] = []
@@ -840,6 +843,88 @@ class Probe:
         finally:
             mapping.close()
 
+    # ------------------------------------------------------------------------------------------------------- starve
+
+    def starve(self) -> dict[str, Any]:
+        """Have the first allocation of a call fail, then the second, until it has no more; it fails or it is right."""
+        self.write_lower()
+        for name in ("failslab", "fail_page_alloc"):
+            folder = Path("/sys/kernel/debug") / name
+            (folder / "ignore-gfp-wait").write_text("N")
+            (folder / "verbose").write_text("0")
+        Path("/sys/kernel/debug/fail_page_alloc/min-order").write_text("0")
+        failed: dict[str, int] = {}
+        source, target = str(LOWER).encode(), str(VIEW).encode()
+
+        def mount() -> None:
+            if libc.mount(b"none", target, b"shareview", ctypes.c_ulong(0), b"lower=" + source):
+                raise OSError(ctypes.get_errno(), "mount")
+
+        def unmount() -> None:
+            if libc.umount2(target, 0):
+                raise OSError(ctypes.get_errno(), "umount")
+
+        failed["mount"] = self._starved("mount", mount, unmount)
+        with self.mounted("verify=all") as view:
+            fd = os.open(view / "data", os.O_RDONLY)
+
+            def right() -> None:
+                self.check(os.pread(fd, 1 << 24, 0) == self.want, "other bytes")
+                self.control.detach(fd)
+
+            def look() -> None:
+                found = os.open(view / "small", os.O_RDONLY)
+                self.check(os.read(found, 10) == b"small", "the small file")
+                os.close(found)
+
+            def map_it() -> None:
+                mapping = Mapping(fd, len(self.want))
+                self.check(mapping.bytes() == self.want, "a mapping has other bytes")
+                mapping.close()
+
+            def write_it() -> None:
+                os.close(os.open(LOWER / "data", os.O_RDWR))
+
+            failed["attach"] = self._starved("attach", lambda: self.attach(fd), right)
+            failed["open"] = self._starved("open", look, drop_caches)
+            failed["list"] = self._starved("list", lambda: os.listdir(view))
+            self.attach(fd)
+            failed["read"] = self._starved("read", lambda: self.check(os.pread(fd, 1 << 24, 0) == self.want, "a read"))
+            failed["map"] = self._starved("map", map_it)
+            failed["detach"] = self._starved("detach", lambda: self.control.detach(fd), lambda: self.attach(fd))
+            failed["writer"] = self._starved("writer", write_it, lambda: self.attach(fd))
+            self.control.detach(fd)
+            os.close(fd)
+        self.check(self.settled(), "pages are pending")
+        info = self.control.info()
+        self.check(info.tables == info.attached_pages == info.leaked_pages == 0, f"left: {info}")
+        for name in ("mount", "attach", "open"):
+            self.check(failed[name] > 0, f"{name}: no allocation was made to fail")
+        return {"failed": failed}
+
+    def _starved(self, name: str, call: Callable[[], object], undo: Callable[[], object] = lambda: None) -> int:
+        """Call until no allocation is left to fail; return how many did. `undo`: after a call that succeeded."""
+        number = 0
+        with open(f"/proc/{os.getpid()}/task/{threading.get_native_id()}/fail-nth", "r+b", buffering=0) as order:
+            while True:
+                number += 1
+                code = 0
+                order.write(str(number).encode())
+                try:
+                    call()
+                except OSError as error:
+                    code = error.errno or 255
+                left = int(os.pread(order.fileno(), 16, 0))
+                order.write(b"0")
+                self.check(code in (0, errno.ENOMEM), f"{name}, allocation {number}: {errno.errorcode.get(code, code)}")
+                if not code:
+                    undo()
+                if left:
+                    return number - 1
+                if number > 2000:
+                    self.check(False, f"{name} has no end of allocations")
+                    return number
+
     # ------------------------------------------------------------------------------------------------------ measure
 
     def measure(self) -> dict[str, Any]:
@@ -979,6 +1064,7 @@ def main() -> int:
         "rules": probe.rules,
         "misuse": lambda: probe.misuse(seconds),
         "torture": lambda: probe.torture(seconds),
+        "starve": probe.starve,
         "measure": probe.measure,
         "hold": probe.hold,
     }
