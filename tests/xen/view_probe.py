@@ -874,13 +874,17 @@ class Probe:
 
             def look() -> None:
                 found = os.open(view / "small", os.O_RDONLY)
-                self.check(os.read(found, 10) == b"small", "the small file")
-                os.close(found)
+                try:
+                    self.check(os.read(found, 10) == b"small", "the small file")
+                finally:
+                    os.close(found)
 
             def map_it() -> None:
                 mapping = Mapping(fd, len(self.want))
-                self.check(mapping.bytes() == self.want, "a mapping has other bytes")
-                mapping.close()
+                try:
+                    self.check(mapping.bytes() == self.want, "a mapping has other bytes")
+                finally:
+                    mapping.close()
 
             def write_it() -> None:
                 os.close(os.open(LOWER / "data", os.O_RDWR))
