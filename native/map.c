@@ -116,10 +116,6 @@ int sa_segment_create(const char *name, uint32_t nslots, sa_segment **ret)
 	error = segment_map(segment, PROT_READ | PROT_WRITE);
 	if (error)
 		return error;
-	/* A file in the page cache often lies in large folios, and single pages in their place cost the programs that read
-	 * them more misses of the TLB (docs/programs.md). Only a wish, which the kernel grants where its operator has said
-	 * so (shmem_enabled); without it nothing changes. */
-	(void)madvise(segment->base, segment_bytes(nslots), MADV_HUGEPAGE);
 	if (fcntl(segment->fd, F_ADD_SEALS, SEALS) < 0)
 		return -errno;
 	*ret = segment_keep(&segment);
