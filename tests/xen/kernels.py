@@ -121,7 +121,7 @@ def debug(kind: str, say: Say) -> Kernel:
     shutil.rmtree(boot, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     told.write_text(wanted)
-    say(f"debug kernel for {kind}: about an hour of one processor, once")
+    say(f"debug kernel for {kind}: it is built once, and that takes long")
     make = ["nice", "make", "-C", str(source), f"O={out}", f"-j{os.cpu_count()}", *BY_HAND]
     call([*make, f"KCONFIG_ALLCONFIG={told}", "allnoconfig"])
     have = set((out / ".config").read_text().splitlines())
