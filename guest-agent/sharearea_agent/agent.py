@@ -1535,12 +1535,14 @@ class Agent:
             "programs": len({consumer for consumer, _ in file.uses}),
         }
 
-    def uses(self) -> dict[ConsumerId, list[tuple[bytes, int]]]:
-        """Return what each consumer has open: the reported path ("" where there is none) and the bytes attached."""
-        found: dict[ConsumerId, list[tuple[bytes, int]]] = {}
+    def uses(self) -> dict[ConsumerId, list[tuple[bytes, int, int]]]:
+        """Return what each consumer has open: the reported path ("" where there is none), the bytes attached, and those
+        of the file that were shared without having been read.
+        """
+        found: dict[ConsumerId, list[tuple[bytes, int, int]]] = {}
         for (consumer, handle), file in self._uses.items():
-            pages = file.uses[consumer, handle].pages
-            found.setdefault(consumer, []).append((next(iter(file.paths), b""), pages * wire.PAGE_SIZE))
+            sizes = (file.uses[consumer, handle].pages * wire.PAGE_SIZE, file.unread_pages * wire.PAGE_SIZE)
+            found.setdefault(consumer, []).append((next(iter(file.paths), b""), *sizes))
         for files in found.values():
             files.sort(key=lambda entry: (-entry[1], entry[0]))
         return found

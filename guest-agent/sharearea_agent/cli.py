@@ -181,6 +181,8 @@ def _why(options: argparse.Namespace) -> int:
     print(f"{code}: {found.meaning}" if found is not None else code)
     if code == "shared":
         print(f"    {said['attached_pages']} pages are mapped from the area by {said['programs']} programs")
+        if said["unread_pages"]:
+            print(f"    {said['unread_pages']} of them were never read from a disk")
     elif found is not None:
         print(f"    -> {found.remedy}")
     return 0
@@ -211,7 +213,8 @@ def _ps(options: argparse.Namespace) -> int:
             f"  {program['command'] or '?'}{kind}"
         )
         for file in program["files"] if options.files else ():
-            print(f"{'':>15} {'':>6} {file['attached_bytes'] / (1 << 20):>8.1f} MiB  {file['path']}")
+            unread = f" ({file['unread_bytes'] / (1 << 20):.1f} MiB never read)" if file["unread_bytes"] else ""
+            print(f"{'':>15} {'':>6} {file['attached_bytes'] / (1 << 20):>8.1f} MiB  {file['path']}{unread}")
     return 0
 
 

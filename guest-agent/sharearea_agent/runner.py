@@ -921,8 +921,11 @@ class Runner:
         uses = self.agent.uses()
         found = []
         for consumer, pid, uid, unchanged in self._hub.programs():
-            files = [{"path": path_text(path), "attached_bytes": size} for path, size in uses.get(consumer, [])]
-            attached = [file for file in files if file["attached_bytes"]]
+            files = [
+                {"path": path_text(path), "attached_bytes": attached, "unread_bytes": unread}
+                for path, attached, unread in uses.get(consumer, [])
+            ]
+            shared = [file for file in files if file["attached_bytes"]]
             found.append(
                 {
                     "pid": pid,
@@ -930,9 +933,9 @@ class Runner:
                     "command": _command(pid),
                     "unchanged": unchanged,
                     "open_files": len(files),
-                    "attached_files": len(attached),
-                    "attached_bytes": sum(size for _, size in uses.get(consumer, [])),
-                    "files": attached,
+                    "attached_files": len(shared),
+                    "attached_bytes": sum(attached for _, attached, _ in uses.get(consumer, [])),
+                    "files": shared,
                 }
             )
         return sorted(found, key=lambda each: (-each["attached_bytes"], each["pid"]))

@@ -94,6 +94,10 @@ def test_what_the_area_has_is_not_read(area: Host) -> None:
         assert cached_pages(domain.root / "x.bin") == 0
         assert disk.read_bytes < MIB  # the file system's own
         assert domain.status()["unread_pages"] == PAGES
+        (mine,) = [each for each in domain.ask("ps")["programs"] if each["pid"] == program.pid]
+        assert [file["unread_bytes"] for file in mine["files"]] == [PAGES * PAGE]
+        assert "(4.0 MiB never read)" in domain.command("ps", "--files").stdout
+        assert f"{PAGES} of them were never read" in domain.command("why", str(domain.root / "x.bin")).stdout
         wait("the broker hears of it", lambda: area.domain_states()["d-cold"]["unread_pages"] == PAGES)
         assert area.domain_states()["d-cold"]["given_up_bytes"] == 0
         # It is no copy: what could be saved is what the two others have.
