@@ -512,6 +512,21 @@ def file_size_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_a_cache_that_cannot_say_that_it_is_open_does_not_stay(path: Path) -> None:
+    """After a crash it would pass for one that was closed."""
+    with opened(path) as cache:
+        cache.put(at_home(path, 1), identity(3), quiet(3), column(3), NOW)
+    with file_size_limit(4096), opened(path) as cache:
+        assert not cache.on_disk
+        assert cache.get(at_home(path, 1), identity(3)) is None
+        assert [type(error) for error in cache.take_errors()] == [StoreError]
+        assert cache.put(at_home(path, 1), identity(3), quiet(3), column(3), NOW) is None
+        aside = cache.get(at_home(path, 1), identity(3))
+        assert aside is not None
+        assert not aside.proven
+    assert not path.exists()
+
+
 def test_a_disk_that_takes_no_more_is_told_once_and_served_from_memory(path: Path) -> None:
     with opened(path) as cache:
         cache.put(key(1), identity(40), whole(40), column(40), NOW)

@@ -31,6 +31,7 @@ scanner's to know (scan.py).
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import sqlite3
@@ -256,8 +257,7 @@ class FingerprintCache:
             os.close(fd)
 
     def _begin_anew(self) -> None:
-        for suffix in ("", "-wal", "-shm", "-journal"):
-            Path(f"{self._path}{suffix}").unlink(missing_ok=True)
+        self._remove()
         self._make_private()
         why = self._connect()
         if why:
@@ -296,12 +296,28 @@ class FingerprintCache:
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {FORMAT}")
             db.execute("COMMIT")
-        # On the disk before anything of the cache is relied on.
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("UPDATE about SET open = ?", (self._open_mark(),))
+        self._mark_open(db)
         # From here on a crash of the host may cost the last transactions, not the file.
         db.execute("PRAGMA synchronous = NORMAL")
         return None
+
+    def _mark_open(self, db: sqlite3.Connection) -> None:
+        """Have it on the disk that the cache is open, before anything of it is relied on."""
+        try:
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("UPDATE about SET open = ?", (self._open_mark(),))
+        except sqlite3.Error:
+            # After a crash it would be believed as one that was closed. Where it cannot be removed either, the file
+            # system is read-only and nothing on it changes.
+            self._home = b""
+            self._disconnect()
+            with contextlib.suppress(OSError):
+                self._remove()
+            raise
+
+    def _remove(self) -> None:
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            Path(f"{self._path}{suffix}").unlink(missing_ok=True)
 
     def _open_mark(self) -> bytes:
         """Return what says in which boot, through which mount the cache is open."""
