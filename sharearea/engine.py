@@ -972,7 +972,10 @@ class Engine:
                 continue
             self._request = (self._request + 1) & 0xFFFFFFFF
             peer.fetches[self._request] = _Fetch(job, self._now)
-            file = next(iter(job.content.holders[domain]))
+            # Of several files that have it one may be evicted. Each gets its turn, in an order that falls into step
+            # with no number of jobs: the golden ratio's.
+            files = sorted(job.content.holders[domain])
+            file = files[(self._request * 0x9E3779B1 & 0xFFFFFFFF) * len(files) >> 32]
             self._send(peer.id, wire.Fetch(self._request, file, _page_runs(job.content, job.positions)))
 
     def _give_up(self, pool: _Pool, job: _Job) -> None:

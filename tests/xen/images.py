@@ -102,16 +102,17 @@ class Images:
     dom0_ramdisk: Path
     dom0_root: Path
     guest_root: Path
-    systemd_root: Path
-    """What a guest that is created with `systemd` has as its disk."""
+    systemd_root: Path | None
+    """What a guest that is created with `systemd` has as its disk; None: there is none such."""
     guest_boot: Path
     """A disk for dom0 with what guests boot, a folder for each kind: vmlinux and guest.cpio."""
 
 
-def build(say: Say, kernels: Mapping[str, Path] | None = None) -> Images:
+def build(say: Say, kernels: Mapping[str, Path] | None = None, *, systemd: bool = False) -> Images:
     """Build what is not in the cache, and return where everything is. ImageError says what failed.
 
     `kernels`: the kind of a guest -> a folder with vmlinux and lib/modules, where it is not to be dom0's.
+    `systemd`: with the disk of a guest that has systemd.
     """
     if os.geteuid() != 0:
         raise ImageError("the lab needs root: mmdebstrap makes device nodes, QEMU is given its images")
@@ -119,13 +120,22 @@ def build(say: Say, kernels: Mapping[str, Path] | None = None) -> Images:
     CACHE.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(len(ROOTS) + 1) as pool:
         boot = pool.submit(_boot_files, say)
-        roots = {name: pool.submit(_root, name, packages, say) for name, packages in ROOTS.items()}
+        names = ("dom0", "guest", *(["systemd"] if systemd else []))
+        jobs = {name: pool.submit(_root, name, ROOTS[name], say) for name in names}
         folder = boot.result()
-        guest_root, dom0_root, systemd_root = (roots[name].result() for name in ("guest", "dom0", "systemd"))
+        roots = {name: job.result() for name, job in jobs.items()}
     dom0_ramdisk = CACHE.parent / "dom0.cpio"
     dom0_ramdisk.write_bytes(_ramdisk(folder, DOM0_MODULES, "dom0-boot", ("dom0-init", "server.py", "hotplug")))
     guest_boot = _guest_boot({kind: (kernels or {}).get(kind, folder) for kind in GUEST_KINDS})
-    return Images(folder / "xen", folder / "vmlinux", dom0_ramdisk, dom0_root, guest_root, systemd_root, guest_boot)
+    return Images(
+        folder / "xen",
+        folder / "vmlinux",
+        dom0_ramdisk,
+        roots["dom0"],
+        roots["guest"],
+        roots.get("systemd"),
+        guest_boot,
+    )
 
 
 # --------------------------------------------------------------------------------------------------- the host's part

@@ -111,7 +111,8 @@ class Lab:
             *("-kernel", str(images.xen), "-append", self._xen_options, "-initrd", kernel),
             *("-nic", f"user,model=virtio-net-pci,restrict=on,hostfwd=tcp:127.0.0.1:0-:{PORT}"),
         ]
-        for image in (images.dom0_root, *(images.guest_root for _ in DISKS), images.guest_boot, images.systemd_root):
+        systemd = [images.systemd_root] if images.systemd_root is not None else []
+        for image in (images.dom0_root, *(images.guest_root for _ in DISKS), images.guest_boot, *systemd):
             words += ["-drive", f"file={image},if=virtio,format=raw,snapshot=on,cache=unsafe"]
         with (FOLDER / "qemu.log").open("wb") as log:
             self._process = subprocess.Popen(

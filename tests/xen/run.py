@@ -78,14 +78,15 @@ def perform(
     results_path: Path = RESULTS,
     limit_s: float = LIMIT_S / PATIENCE,
     kernels: Mapping[str, Path] | None = None,
+    systemd: bool = False,
 ) -> tuple[int, int]:
     """Run stages on a fresh host; write the results; return how many passed and failed. `stay`: leave a failure up.
 
-    `kernels`: other kernels for guests, by their kind (images.build).
+    `kernels`: other kernels for guests, by their kind; `systemd`: a disk of a guest with it (both: images.build).
     """
     limit = limit_s * PATIENCE
     begun = time.monotonic()
-    images = build(say, kernels)
+    images = build(say, kernels, systemd=systemd)
     built = time.monotonic() - begun
     results: dict[str, Any] = {
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

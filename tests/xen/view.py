@@ -49,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--torture", type=float, default=60, metavar="SECONDS", help="for each guest (default: 60)")
     parser.add_argument("--misuse", type=float, default=20, metavar="SECONDS", help="for each guest (default: 20)")
     parser.add_argument("--programs", action="store_true", help="real programs too (not run on Xen yet: docs/view.md)")
+    parser.add_argument(
+        "--packages", action="store_true", help="DKMS, package managers and systemd too (minutes more: docs/view.md)"
+    )
     parser.add_argument("--stay", action="store_true", help="leave the host up when a stage fails")
     parser.add_argument("--kernel", choices=(*LINES, DEBUG), default=HOST_LINE, help="the guests' kernel")
     parser.add_argument("--vcpus", type=int, default=1, metavar="N", help="virtual processors of a guest (default: 1)")
@@ -98,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     if options.kernel == DEBUG:
         stages.append(Stage("leaks-after", 600, "nor when it is gone", _leaks))
-    if options.kernel == HOST_LINE:
+    if options.packages:
         stages += view_packages.STAGES
     names = [stage.name for stage in stages]
     for name in (*options.without, *([options.until] if options.until else [])):
@@ -116,9 +119,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for kind in GUESTS.values() if options.kernel != HOST_LINE else ():
             kernels[kind] = debug(kind, say) if options.kernel == DEBUG else debian(options.kernel, say)
         chosen = [stage for stage in stages if stage.name not in options.without]
-        limit = LIMIT_S + 2 * (options.torture + options.misuse) + (1900 if options.programs else 0)
+        limit = LIMIT_S + 2 * (options.torture + options.misuse)
+        limit += 1900 * options.programs + 3300 * options.packages
         boots = {kind: kernel.boot for kind, kernel in kernels.items()}
-        passed, failed = perform(chosen, say, stay=options.stay, results_path=RESULTS, limit_s=limit, kernels=boots)
+        passed, failed = perform(
+            chosen,
+            say,
+            stay=options.stay,
+            results_path=RESULTS,
+            limit_s=limit,
+            kernels=boots,
+            systemd=options.packages,
+        )
     except ImageError as error:
         sys.stderr.write(f"test-view: {error}\n")
         return 1

@@ -285,7 +285,7 @@ def _packages(run: Run) -> None:
     _came_back(run, 3, 8)
     # apt and its dpkg are killed while a package is set up: nothing calls the hooks that bring the view up.
     apt = machine.start("apt-get", "install", "-y", "--no-download", "/tmp/lab-app_4.deb")
-    sleeping = "pgrep -f 'lab-app.postinst' >/dev/null"
+    sleeping = "pgrep -f '[l]ab-app.postinst' >/dev/null"  # not the shell that asks
     run.lab.wait("a package that is being set up", lambda: machine.try_run(sleeping).code == 0, limit=120, pause=1)
     assert not _up(machine, OVER), "the view is up while a package is set up"
     assert _up(machine, AT), "the view beside its folder went, too"
@@ -293,7 +293,7 @@ def _packages(run: Run) -> None:
     assert not _up(machine, OVER), "the view came up under a package manager"
     machine.run("systemctl restart sharearea-agent", timeout=100)
     assert not _up(machine, OVER), "the agent brought it up under apt"
-    machine.run("kill -KILL $(pidof apt-get dpkg) $(pgrep -f lab-app.postinst)")
+    machine.run("kill -KILL $(pidof apt-get dpkg) $(pgrep -f '[l]ab-app.postinst')")
     apt.close()
     # By the timer alone.
     run.lab.wait("the view up again", lambda: _up(machine, OVER), limit=120, pause=2)
