@@ -974,8 +974,9 @@ class Engine:
             peer.fetches[self._request] = _Fetch(job, self._now)
             # Of several files that have it one may be evicted. Each gets its turn, in an order that falls into step
             # with no number of jobs: the golden ratio's.
-            files = sorted(job.content.holders[domain])
-            file = files[(self._request * 0x9E3779B1 & 0xFFFFFFFF) * len(files) >> 32]
+            files = job.content.holders[domain]
+            turn = (self._request * 0x9E3779B1 & 0xFFFFFFFF) * len(files) >> 32
+            file = next(islice(files, turn, None))
             self._send(peer.id, wire.Fetch(self._request, file, _page_runs(job.content, job.positions)))
 
     def _give_up(self, pool: _Pool, job: _Job) -> None:

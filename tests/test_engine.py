@@ -1219,3 +1219,23 @@ def test_the_last_segment_is_never_closed(broker: Broker) -> None:
     broker.ticks(5)
     assert broker.record().slots == {}
     assert set(broker.record().segments) == {0}
+
+
+def test_of_several_files_with_a_content_each_is_asked_for_it(broker: Broker) -> None:
+    """One of them may be evicted, and the domain has the bytes all the same."""
+    first, second = broker.join("a"), broker.join("b")
+    for file in (1, 2, 3):
+        broker.bring(first, file, [1, 2])
+    done = broker.bring(second, 1, [1, 2])
+    asked = set()
+    for _ in range(30):
+        pending = deque(fetches(done))
+        while pending:
+            peer, fetch = pending.popleft()
+            asked |= {fetch.file} if peer == first else set()
+            pending += fetches(broker.say(peer, wire.Data(fetch.request, b"\0\0", b"")))
+        done = broker.ticks(15)
+        for peer in (first, second):  # they are alive
+            broker.say(peer, wire.Release(b""))
+        done += broker.ticks(16)
+    assert asked == {1, 2, 3}
