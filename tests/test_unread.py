@@ -229,6 +229,17 @@ def test_what_was_compared_after_all_is_not_unread() -> None:
     assert guest.file()["unread_pages"] == 0
 
 
+def test_where_nobody_says_what_was_compared_nothing_counts() -> None:
+    """As in views: what was dropped is no proof that the rest was never read."""
+    guest = Guest()
+    guest.verdict(wire.Verdict.KNOWN)
+    guest.offer()
+    guest.feed(ag.Opened(1, 1, KEY))
+    guest.grant()
+    guest.feed(ag.Dropped(10, ((KEY, 15),)))
+    assert guest.file()["unread_pages"] == 0
+
+
 def test_pages_of_one_content_are_unread_once() -> None:
     """Let go of, attached anew, replaced: they are counted once."""
     guest = Guest()

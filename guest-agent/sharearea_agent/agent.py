@@ -570,6 +570,7 @@ class _File:
     poisoned: bool = False  # a consumer found other bytes: this version is not shared again
     detached: bool = False
     dropped: bool = False  # the drop after attaching was asked for
+    compared: bool = False  # it was told how much of it was read when it was shared; in views nobody tells
     read_pages: int = 0  # of this version, known to have been read from the disk; a page read twice counts twice
     unread_pages: int = 0  # of this version, shared without having been read
 
@@ -1233,7 +1234,7 @@ class Agent:
         file.runs, file.grantor, file.refusal = granted.runs, self._grantor, ""
         file.granted_pages = sum(array("I", granted.runs)[2::3])
         file.generation += 1
-        file.dropped = False
+        file.dropped = file.compared = False
         for use in file.uses:
             self._share(file, use)
 
@@ -1265,11 +1266,12 @@ class Agent:
     def _on_compared(self, compared: Compared) -> None:
         file = self._files.get(compared.key)
         if file is not None and file.stage is Stage.SHARED and file.generation == compared.generation:
+            file.compared = True
             self._count_read(file, compared.pages)
 
     def _count_read(self, file: _File, pages: int) -> None:
         """Take note that pages of a file that is shared have been read from its disk, by whom and whenever it was."""
-        if file.stage is Stage.SHARED:
+        if file.stage is Stage.SHARED and file.compared:
             file.read_pages += pages
             file.unread_pages = max(0, file.granted_pages - file.read_pages)
 
