@@ -47,6 +47,7 @@ _OWN_FILE_BYTES: Final = 1 * _MIB
 _TMPFS_MAGIC: Final = frozenset({0x01021994, 0x858458F6})  # tmpfs, ramfs
 _START_S: Final = 20.0
 _PHASE_S: Final = 600.0
+_WARM_S: Final = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -218,6 +219,7 @@ class _Demo:
         self.seconds: dict[str, float] = {}
         self.disk: Disk | None = None
         self.late: list[_Domain] = []  # those of the cold start
+        self.warm_at = time.monotonic() + _WARM_S
 
     # ------------------------------------------------------------------------------------------------------ the run
 
@@ -360,6 +362,12 @@ class _Demo:
         waiting = sum(entry["reports_under_way"] for entry in entries)
         expected = sum(len(domain.files) for domain in self.domains)
         ignored = sum(n["files"] for entry in entries for n in entry["ignored"].values())
+        if reported + ignored < expected and time.monotonic() >= self.warm_at:
+            # What the host evicted before it was looked at is not reported: have it read again, for the next scan.
+            self.warm_at = time.monotonic() + _WARM_S
+            for domain in self.domains:
+                for path in domain.files:
+                    _read_through(path)
         return reported + ignored - min(waiting, 1), expected
 
     def _published(self) -> tuple[float, float]:
@@ -769,7 +777,7 @@ def _agent_toml(domain: _Domain, work: Path) -> str:
         f'[agent]\nname = "{domain.name}"\nroot = "{domain.root}"\nfolders = ["{domain.root}"]\n'
         f'broker_socket = "{work}/broker.sock"\nconsumer_socket = "{domain.consumers}"\n'
         f'control_socket = "{domain.control}"\ncache = "{domain.cache}"\nmax_attached_files = 16384\n{_OFTEN}'
-        + ('rescan_interval = "1 s"\n' if domain.own_disk else "")
+        + f'rescan_interval = "{1 if domain.own_disk else 5} s"\n'
     )
 
 
