@@ -47,7 +47,7 @@ import traceback
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -3289,17 +3289,6 @@ def _does_not(owner: type, attribute: str, result: object = None) -> Callable[[]
     return lambda: [(owner, attribute, lambda *_args, **_more: result)]
 
 
-def _proves_everything() -> list[Patch]:
-    share = Agent._share
-
-    def mutant(self: Agent, file: Any, use: Any) -> None:
-        if file.version is not None:
-            file.version = replace(file.version, proven=True)
-        share(self, file, use)
-
-    return [(Agent, "_share", mutant)]
-
-
 def _counts_unread_files_as_copies() -> list[Patch]:
     claim = PoolIndex.claim
 
@@ -3339,7 +3328,6 @@ MUTANTS: Final[dict[str, Callable[[], list[Patch]]]] = {
     "withdraw-on-detach-forgotten": _does_not(Engine, "_withdraw"),
     "close-before-commit": _closes_segments_before_the_commit,
     "turns-forgotten": _forgets_whose_turn_it_is,
-    "proof-of-nothing": _proves_everything,
     "unread-is-a-copy": _counts_unread_files_as_copies,
     "read-later-forgotten": _does_not(Engine, "_same", False),
     # Of the xen backend alone.
