@@ -37,8 +37,9 @@ PAGE = 4096
 MIB = 1 << 20
 POOL = "p"
 DEADLINE = 40.0
-USE_S = 3.0
 """Seconds until a condition that must come true is given up. Reached only when something is broken."""
+USE_S = 3.0
+"""Seconds after which a condition that needs resident pages has the files read again."""
 
 
 def wait(what: str, done: Callable[..., Any], *about: Any, deadline: float = DEADLINE) -> Any:
@@ -467,38 +468,33 @@ class Host:
 
         A file is reported when it is cached, and the host may have evicted it meanwhile: read them again, now and then.
         """
-        keep_warm = self._keeper()
-
-        def offered(domain: Domain) -> bool:
-            keep_warm()
-            return bool(domain.status().get("offered_files", 0) >= files)
-
         for domain in domains or self.domains:
-            wait(f"{files} files offered to {domain.name}", offered, domain)
+            self.wait_warm(
+                f"{files} files offered to {domain.name}",
+                lambda domain: domain.status().get("offered_files", 0) >= files,
+                domain,
+            )
 
     def wait_pages(self, figure: str, pages: int) -> None:
         """Wait for a figure of the pool. If it is to be more than none, files are read again as in wait_offered."""
-        keep_warm = self._keeper()
+        (self.wait_warm if pages else wait)(f"{figure} = {pages}", lambda: self.pool().get(figure) == pages)
 
-        def reached() -> bool:
-            if pages:
-                keep_warm()
-            return self.pool().get(figure) == pages
+    def wait_warm(self, what: str, done: Callable[..., Any], *about: Any) -> Any:
+        """Wait as `wait` does, for what needs pages that are resident: every USE_S all domains read their files again.
 
-        wait(f"{figure} = {pages}", reached)
-
-    def _keeper(self) -> Callable[[], None]:
-        """Return what has all domains read their files again, when USE_S are over since the last time."""
+        What the host evicts itself is neither reported nor dropped by anybody, and the host may evict at any time.
+        """
         use_at = time.monotonic() + USE_S
 
-        def keep_warm() -> None:
+        def warm(*about: Any) -> Any:
             nonlocal use_at
             if time.monotonic() >= use_at:
                 for each in self.domains:
                     each.use()
                 use_at = time.monotonic() + USE_S
+            return done(*about)
 
-        return keep_warm
+        return wait(what, warm, *about)
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """Return the broker's logged events of a name."""

@@ -160,7 +160,7 @@ def logged(host: Host) -> tuple[Host, list[dict[str, Any]]]:
             and (ranked[-1]["sharearea.pages_owned"] > 0)
         )
 
-    wait("figures of all that is shared", settled)
+    host.wait_warm("figures of all that is shared", settled)
     for domain in domains:
         domain.running.send(signal.SIGTERM)
     host.running.end()

@@ -74,7 +74,7 @@ def test_every_figure_is_in_the_log_and_adds_up(host: Host) -> None:
         for name in ("f.bin", "sh"):
             program.open(domain.root / name, name)
             wait(f"{name} shared", lambda program, name: program.pages(name) > 0, program, name)
-    wait("drops", lambda: all(d.status()["dropped_pages_total"] for d in domains))
+    host.wait_warm("drops", lambda: all(d.status()["dropped_pages_total"] for d in domains))
     pages = host.pool()["pages_sharing"]
     wait("the log", lambda: figures(host, "pool.statistics").get("pages_sharing") == pages)
     wait("the drops in it", lambda: figures(host, "pool.statistics")["given_up_bytes"] > 0)
