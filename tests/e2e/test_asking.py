@@ -60,8 +60,8 @@ def test_why_of_files_and_domains(host: Host) -> None:
     outside = one.root.parent / "outside"
     outside.write_bytes(shared)
     host.wait_offered(1)
-    wait("single is reported", lambda: any(file["path"] == "/single" for file in host.files()))
-    wait("zero is reported", lambda: any(file["path"] == "/zero" for file in host.files()))
+    host.wait_warm("single is reported", lambda: any(file["path"] == "/single" for file in host.files()))
+    host.wait_warm("zero is reported", lambda: any(file["path"] == "/zero" for file in host.files()))
 
     assert first(host, "/shared") == "no-consumer"
     assert first(host, "/single") == "one-holder"
@@ -128,7 +128,7 @@ def test_why_in_a_pool_that_only_reports(host: Host) -> None:
     host.configure(pool={"mode": "report"})
     host.start_broker()
     host.add_domains(2, {"shared": noise(MIB, 4)})
-    wait("reports", lambda: host.pool().get("possible_saved_bytes") == MIB)
+    host.wait_warm("reports", lambda: host.pool().get("possible_saved_bytes") == MIB)
     assert first(host, "/shared") == "report-only"
     assert first(host, "d1") == "report-only"
 

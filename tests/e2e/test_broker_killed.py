@@ -146,7 +146,7 @@ def test_with_descriptor_store_programs_notice_nothing(host: Host) -> None:
         lambda: [state["state"] for state in host.domain_states().values()] == ["connected"] * 2,
     )
     assert {name: state["owned_pages"] for name, state in host.domain_states().items()} == identity
-    wait("all files reported", lambda: host.pool()["files"] == 2 * FILES)
+    host.wait_warm("all files reported", lambda: host.pool()["files"] == 2 * FILES)
     reports = _stop(programs)
     assert {report["least_shared"] for report in reports} == {PAGES}
     assert not host.events("pages.revoked")

@@ -215,7 +215,7 @@ def test_descriptors_of_the_agent(host: Host) -> None:
     program = first.program()
     for name in files:
         program.open(first.root / name, name)
-    wait("as many files attached as there is room for", lambda: first.status()["attached_files"] >= 30)
+    host.wait_warm("as many files attached as there is room for", lambda: first.status()["attached_files"] >= 30)
     state = program.ask("state")
     plain = [name for name, file in state.items() if not file["pages"]]
     assert {state[name]["reason"] for name in plain} == {"agent-limit"}

@@ -34,18 +34,20 @@ def test_a_pool_that_only_reports_maps_nothing(host: Host) -> None:
     domains = host.add_domains(2, {"f.bin": common})
     domains[0].write("own.bin", own)
     for domain in domains:
-        wait("reported", lambda d: d.status().get("reports", {}).get("report-only", 0) >= 1, domain)
-    wait("both files", lambda: domains[0].status()["reports"] == {"report-only": 2})
+        host.wait_warm("reported", lambda d: d.status().get("reports", {}).get("report-only", 0) >= 1, domain)
+    host.wait_warm("both files", lambda: domains[0].status()["reports"] == {"report-only": 2})
     program = domains[0].program()
     assert program.open(domains[0].root / "f.bin")["reason"] == "report-only"
 
-    found = wait("figures", lambda: figures(host, "pool.statistics").get("possible_saved_bytes") and host.pool())
+    found = host.wait_warm(
+        "figures", lambda: figures(host, "pool.statistics").get("possible_saved_bytes") and host.pool()
+    )
     assert (found["mode"], found["possible_saved_bytes"]) == ("report", MIB)
     assert (found["area_bytes"], found["pages_published"], found["pages_sharing"]) == (0, 0, 0)
     states = host.domain_states()
     assert states["d1"]["possible_given_up_bytes"] == MIB
     assert states["d1"]["possible_net_bytes"] == MIB // 2
-    wait("the host's line", lambda: figures(host, "host.statistics").get("possible_saved_bytes") == MIB)
+    host.wait_warm("the host's line", lambda: figures(host, "host.statistics").get("possible_saved_bytes") == MIB)
     plain = wait("a line", lambda: domains[0].running.events("files.plain"))
     assert (plain[0]["event.reason"], plain[0]["sharearea.examples"]) == ("report-only", ["/f.bin"])
     assert all(cached_pages(domain.root / "f.bin") == PAGES for domain in domains), "nothing was dropped"

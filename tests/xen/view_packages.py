@@ -270,7 +270,7 @@ def _package(machine: Machine, version: int, seed: int, postinst: str = "") -> N
 
 def _packages(run: Run) -> None:
     machine, other = run.lab.guest(GUEST), run.lab.guest(OTHER)
-    for version, seed in ((2, 7), (3, 8)):
+    for version, seed in ((2, 7), (3, 8), (5, 10)):
         _package(machine, version, seed)
     _package(machine, 4, 9, "sleep 1000")
     # A program that has a file of the view open all the while.
@@ -298,6 +298,16 @@ def _packages(run: Run) -> None:
     # By the timer alone.
     run.lab.wait("the view up again", lambda: _up(machine, OVER), limit=120, pause=2)
     _came_back(run, 4, 9)
+    # The agent's command fails: the hook unmounts by itself, and the timer brings the view up when the command is well.
+    command = "/usr/bin/sharearea-agent"
+    machine.run(f"mv {command} /tmp/kept; printf '#!/bin/sh\nexit 1\n' >{command}; chmod 755 {command}")
+    machine.run("dpkg -i /tmp/lab-app_5.deb", timeout=300)
+    assert machine.run(f"cat {OVER}/version").strip() == "5"
+    assert not _up(machine, OVER), "the view came up without the agent's command"
+    assert _up(machine, AT), "the view beside its folder went, too"
+    machine.run(f"mv /tmp/kept {command}")
+    run.lab.wait("the view up again", lambda: _up(machine, OVER), limit=120, pause=2)
+    _came_back(run, 5, 10)
     _dnf(run)
     for guest, agent in ((machine, run.about["agent"]), (other, run.about["sharer"])):
         bad = complaints(guest.run("dmesg"))[1]
