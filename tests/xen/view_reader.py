@@ -1,8 +1,8 @@
 """Programs that do not know of views, and that run on while all else happens: in a guest, in the namespace of the view.
 
-`view_reader.py URL DATABASE FOLDER [FOLDER...]` reads the files of folders again and again: by itself (read, and a
-mapping that it keeps), from nginx at URL (which serves the first folder), and has one sqlite3 that stays open sum up a
-table. Each answer is compared with the first one. /run/reader-state.json says how it is, until /run/reader-stop is
+`view_reader.py URL DATABASE FOLDER [FOLDER...]` reads the smaller files of folders again and again: by itself (read,
+and a mapping that it keeps), from nginx at URL (which serves the first folder), and has one sqlite3 that stays open sum
+up a table. Each answer is compared with the first one. /run/reader-state.json says how it is, until /run/reader-stop is
 there. Needs nothing but Python and Debian's sqlite3.
 """
 
@@ -20,6 +20,8 @@ from typing import Final
 
 STATE: Final = Path("/run/reader-state.json")
 STOP: Final = Path("/run/reader-stop")
+LARGEST: Final = 256 << 10
+"""Bytes of a file that is read: a round should not take an emulated guest a minute."""
 QUESTION: Final = "select count(*), sum(length(word)), max(word) from words;\n"
 
 
@@ -29,7 +31,8 @@ class Reader:
     def __init__(self, url: str, database: str, folders: list[Path]) -> None:
         self.url = url
         self.folders = folders
-        self.files = sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
+        files = (path for folder in folders for path in folder.iterdir() if path.is_file())
+        self.files = sorted(path for path in files if path.stat().st_size <= LARGEST)
         self.mappings: dict[Path, mmap.mmap] = {}
         self.first: dict[str, str] = {}
         self.wrong: list[str] = []
