@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Stage("ratios", 600, "what it costs, against the plain cached file", _ratios),
         Stage("torture", 300 + 2 * options.torture, "readers against all else", torture),
         Stage("area-destroyed", 200, "the area goes while pages are attached and mapped", _area_destroyed),
+        *([Stage("held", 600, "who has grants mapped holds a save back", _held_back)] if options.programs else []),
         Stage("save-restore", 600, "saved and restored with a view attached and mapped", _save_restore),
         Stage(
             "agents", 400, "broker and agents fill the views by themselves; a program that knows nothing reads", _agents
@@ -334,6 +335,24 @@ def _save_restore(run: Run) -> None:
         state = _goes_on(run, name)
         assert state["info"]["tables"] == 1, f"{name}: not attached again: {state}"
         run.say(f"  {name} ({kind}): domain {before} is domain {after}, {state['rounds']} rounds compared")
+        _stop_holding(run, name)
+        _none_in_use(run, name)
+
+
+def _held_back(run: Run) -> None:
+    """A suspend is refused as long as a program has grants mapped by itself, and the guest goes on with its table."""
+    for name, kind in GUESTS.items():
+        _start_holding(run, name)
+        before = run.lab.domid(name)
+        _order(run, name, do="hold", on=True)
+        done = run.lab.dom0.try_run(f"xl save {name} /var/lib/xen/{name}.refused", timeout=200)
+        assert done.code != 0, f"{name} was saved: {done.out}{done.err}"
+        run.lab.dom0.run(f"rm -f /var/lib/xen/{name}.refused")
+        state = _goes_on(run, name)
+        assert run.lab.domid(name) == before, f"{name} is another domain"
+        assert (state["info"]["tables"], state["info"]["epoch"]) == (1, 0), f"{name}: {state}"
+        _order(run, name, do="hold", on=False)
+        run.say(f"  {name} ({kind}): {(done.err or done.out).strip().splitlines()[-1]}")
         _stop_holding(run, name)
         _none_in_use(run, name)
 
