@@ -84,10 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
     ]
     more: list[Stage] = []
+    whole = options.programs
     if options.kernel != DEBUG:
         more += [
-            Stage("programs", 900, "real programs on views", partial(view_programs.programs, whole=options.programs)),
-            Stage("moved", 900, "saved, restored and migrated while programs run on views", view_programs.moved),
+            Stage("programs", 900, "real programs on views", partial(view_programs.programs, whole=whole)),
+            Stage("moved", 900, "saved or migrated under programs on views", partial(view_programs.moved, whole=whole)),
             Stage("balloon", 200, "what the guests gave up comes back to the host", view_programs.balloon),
             Stage("programs-end", 200, "all is detached and unmounted", view_programs.end),
         ]

@@ -148,7 +148,7 @@ def programs(run: Run, *, whole: bool) -> None:
     world.broker.wait()
     for agent in world.agents.values():
         agent.start()
-    in_view = _wait_filled(run)
+    in_view = _wait_filled(run, rounds=2 if whole else 1)
     for name, kind in GUESTS.items():
         machine = run.lab.guest(name)
         drop_caches(machine)
@@ -240,10 +240,10 @@ def _note_use(run: Run, name: str, program: str, before: dict[str, int], after: 
     )
 
 
-def _wait_filled(run: Run) -> dict[str, int]:
+def _wait_filled(run: Run, rounds: int) -> dict[str, int]:
     """Wait until no more pages are attached; return how many are, in each guest.
 
-    What a guest has evicted before its agent looked is not reported: the programs are run once more, now and then.
+    What a guest has evicted before its agent looked is not reported: files are read once more, so many times.
     """
     found: dict[str, int] = {}
 
@@ -253,7 +253,7 @@ def _wait_filled(run: Run) -> dict[str, int]:
         found.update(now)
         return done
 
-    for _ in range(2):
+    for _ in range(rounds):
         run.lab.wait("views with no more to come", settled, limit=150, pause=12)
         run.say(f"  attached: {found}")
         for name in GUESTS:
@@ -319,8 +319,12 @@ def balloon(run: Run) -> None:
 # --------------------------------------------------------------------------------------------------------------- moving
 
 
-def moved(run: Run) -> None:
-    """Save and restore, and migrate, guests whose programs run on views; they go on, and the views fill again."""
+def moved(run: Run, *, whole: bool) -> None:
+    """Save and restore, and migrate, guests whose programs run on views; they go on, and the views fill again.
+
+    `whole`: both with each guest; else the PVH guest is migrated, and the PV guest saved and restored.
+    """
+    moves = {"saved and restored": partial(_save_and_restore, run), "migrated": run.lab.migrate}
     for name, kind in GUESTS.items():
         machine = run.lab.guest(name)
         machine.run("rm -f /run/reader-state.json /run/reader-stop")
@@ -329,13 +333,10 @@ def moved(run: Run) -> None:
         command = f"python3 /run/reader.py http://127.0.0.1:{PORTS['sendfile']} {' '.join(READ)}"
         machine.run(f"setsid {_words(command, view=True)} </dev/null >/run/reader.out 2>&1 &")
         _goes_on(run, name)
-        for how, move in (("saved and restored", _save_and_restore), ("migrated", run.lab.migrate)):
+        for how in moves if whole else ("migrated" if kind == "pvh" else "saved and restored",):
             before, attached = run.lab.domid(name), attached_pages(machine)
             assert attached, f"{name}: nothing is attached before it is {how}"
-            if move is run.lab.migrate:
-                move(name)
-            else:
-                _save_and_restore(run, name)
+            moves[how](name)
             after = run.lab.domid(name)
             assert after not in (None, before), f"{name} has the same number"
             rounds = _goes_on(run, name)
