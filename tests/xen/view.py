@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -36,9 +36,6 @@ PAGES, TAIL, SEED = 512, 1234, 7  # view_probe.py has the same
 BIG_PAGES, BIG_SEED = 4096, 8
 LIMIT_S: Final = 3300.0
 DEBUG_MIB: Final = 512
-LEAKS: Final = "/sys/kernel/debug/kmemleak"
-SCAN: Final = f"sleep 6; echo scan >{LEAKS}; sleep 6; echo scan >{LEAKS}"
-"""What is younger than five seconds is not reported, and what a register held is found the second time."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", choices=(*LINES, DEBUG), default=HOST_LINE, help="the guests' kernel")
     parser.add_argument("--vcpus", type=int, default=1, metavar="N", help="virtual processors of a guest (default: 1)")
     options = parser.parse_args(arguments)
-    from . import view_programs  # which imports this module
+    from . import view_debug, view_programs  # which import this module
 
     kernels: dict[str, Kernel] = {}
 
@@ -84,25 +81,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
     ]
     more: list[Stage] = []
+    after: list[Stage] = []
     whole = options.programs
-    if options.kernel != DEBUG:
+    if options.kernel == DEBUG:
+        more, after = view_debug.stages(kernels)
+    else:
         more += [
             Stage("programs", 900, "real programs on views", partial(view_programs.programs, whole=whole)),
             Stage("moved", 900, "saved or migrated under programs on views", partial(view_programs.moved, whole=whole)),
             Stage("balloon", 200, "what the guests gave up comes back to the host", view_programs.balloon),
             Stage("programs-end", 200, "all is detached and unmounted", view_programs.end),
         ]
-    else:
-        more += [
-            Stage("no-memory", 1200, "each allocation of a call fails once", _no_memory),
-            Stage("leaks", 600, "no memory is lost while the module is loaded; lockdep still looks", _leaks),
-        ]
     stages += [
         *more,
         Stage("unload", 100, "the module is unloaded; the guests' kernels have said nothing bad", _unload),
+        *after,
     ]
-    if options.kernel == DEBUG:
-        stages.append(Stage("leaks-after", 600, "nor when it is gone", _leaks))
     if options.packages:
         stages += view_packages.STAGES
     names = [stage.name for stage in stages]
@@ -143,14 +137,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-def build_module(kernel: Kernel) -> Path:
-    """Build the module for a kernel; return it, without symbols for debuggers."""
+def build_module(kernel: Kernel, change: Callable[[Path], None] | None = None) -> Path:
+    """Build the module for a kernel; return it, without symbols for debuggers. `change`: what is done to its source."""
     work = WORK / kernel.name
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     for path in KMOD.iterdir():
         if path.suffix in (".c", ".h") or path.name in ("Kbuild", "Makefile"):
             shutil.copy(path, work)
+    if change:
+        change(work)
     _call("make", "-C", str(kernel.headers), f"M={work}", "modules")
     _call("strip", "-g", str(work / "shareview.ko"))
     return work / "shareview.ko"
@@ -211,6 +207,8 @@ def _log_is_clean(machine: Machine) -> None:
 
 
 def _module(run: Run, kernels: dict[str, Kernel], vcpus: int) -> None:
+    from . import view_debug
+
     modules = {kind: build_module(kernels.get(kind) or usual(run.say)) for kind in GUESTS.values()}
     bench = _build_bench()
     host.install(run.lab.dom0, "sharearea")
@@ -224,8 +222,7 @@ def _module(run: Run, kernels: dict[str, Kernel], vcpus: int) -> None:
         machine.put("/run/view_bench", bench, mode=0o755)
         run.say(f"  {name}: Linux {machine.run('uname -r').strip()}, {machine.run('nproc').strip()} vCPU")
         if looking:
-            machine.run(f"mount -t debugfs debugfs /sys/kernel/debug; {SCAN}; echo clear >{LEAKS}", timeout=300)
-            assert _lockdep_looks(machine), f"{name}: lockdep has stopped before the module was there"
+            view_debug.begin(machine)
         machine.run("dmesg -C; busybox insmod /run/shareview.ko")
     _fill(run)
 
@@ -438,29 +435,7 @@ def _unload(run: Run) -> None:
         _log_is_clean(machine)
         leak = machine.run("cat /proc/slabinfo")
         assert not re.search(r"^shareview", leak, re.M), f"{name}: inodes are left"
-    _granter(run).close()
-
-
-def _lockdep_looks(machine: Machine) -> bool:
-    """Whether lockdep still looks: it stops at its first complaint, and when one of its tables is full."""
-    return bool(re.search(r"^\s*debug_locks:\s+1$", machine.run("cat /proc/lockdep_stats"), re.M))
-
-
-def _no_memory(run: Run) -> None:
-    for name in GUESTS:
-        found = _probe(run, name, "starve", limit=500)
-        _none_in_use(run, name)
-        run.number(f"{name}_failed_allocations", found["failed"])
-
-
-def _leaks(run: Run) -> None:
-    for name in GUESTS:
-        machine = run.lab.guest(name)
-        machine.run(SCAN, timeout=300)
-        found = machine.run(f"cat {LEAKS}")
-        assert not found.strip(), f"{name}: kmemleak: {found[:3000]}"
-        assert _lockdep_looks(machine), f"{name}: lockdep has stopped"
-        _log_is_clean(machine)
+    run.about.pop("granter").close()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -324,7 +325,10 @@ def moved(run: Run, *, whole: bool) -> None:
 
     `whole`: both with each guest; else the PVH guest is migrated, and the PV guest saved and restored.
     """
-    moves = {"saved and restored": partial(_save_and_restore, run), "migrated": run.lab.migrate}
+    moves: dict[str, Callable[[str], None]] = {
+        "saved and restored": partial(_save_and_restore, run),
+        "migrated": run.lab.migrate,
+    }
     for name, kind in GUESTS.items():
         machine = run.lab.guest(name)
         machine.run("rm -f /run/reader-state.json /run/reader-stop")
