@@ -166,3 +166,46 @@ def test_a_guest_that_was_detached_and_restored_makes_rings_at_once(guest: Guest
         guest.connector.connect()
     guest.run(lambda: guest.made)
     assert guest.made[-1].end == ""
+
+
+def test_a_refused_suspend_is_asked_for_again_when_all_has_let_go(guest: Guest) -> None:
+    guest.connector.connect()
+    guest.run()
+    (first,) = guest.made
+    assert guest.connector.bound
+    guest.connector.nothing_left()
+    assert guest.server.nodes.get(OURS + SHUTDOWN) is None, "none was refused"
+    guest.connector.suspend_refused()
+    assert guest.said == ["suspending"]
+    assert first.end == "closed"
+    assert not guest.connector.bound
+    assert guest.server.nodes.get(OURS + SHUTDOWN) is None, "somebody may still be letting go"
+    guest.connector.nothing_left()
+    assert guest.server.nodes.get(OURS + SHUTDOWN) == "suspend"
+    guest.run()  # its own request is no news
+    assert guest.said == ["suspending"]
+    guest.set(SHUTDOWN, "")  # the kernel's answer
+    guest.connector.nothing_left()
+    assert guest.server.nodes.get(OURS + SHUTDOWN) == "", "asked for once"
+
+
+def test_a_refused_suspend_that_nobody_waits_for_any_more_is_not_asked_for(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect, "SUSPEND_S", 0.1)
+    guest.connector.connect()
+    guest.run()
+    guest.connector.suspend_refused()
+    time.sleep(0.15)
+    guest.connector.nothing_left()
+    assert guest.server.nodes.get(OURS + SHUTDOWN) is None
+    guest.run(lambda: len(guest.made) == 2)
+    assert guest.connector.bound
+
+
+def test_who_binds_an_event_channel_says_so_before(guest: Guest) -> None:
+    made: list[int] = []
+    guest.connector._binding = lambda: made.append(len(guest.made))
+    guest.connector.connect()
+    assert made == [0]
+    assert len(guest.made) == 1

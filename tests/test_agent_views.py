@@ -38,11 +38,12 @@ class Device(ViewControl):
         self._fd = -1
         self.tables: dict[int, tuple[int, bytes]] = {}
         self.epoch = 0
+        self.refused = 0
         self.fail = 0
         self.holds: list[bool] = []
 
     def info(self) -> ViewInfo:
-        return ViewInfo(1, self.epoch, 0, len(self.tables), 0, 0, 0, 0, 0, 0)
+        return ViewInfo(2, self.epoch, 0, self.refused, len(self.tables), 0, 0, 0, 0, 0, 0)
 
     def attach(self, file: int, domid: int, runs: bytes, epoch: int) -> int:
         number = os.fstat(file).st_ino
@@ -196,6 +197,13 @@ def test_a_suspend_is_held_back_while_programs_map_grants_and_no_longer(house: H
     for on in (False, True, True, False, False):
         house.views.hold_suspend(on)
     assert house.device.holds == [True, False]
+
+
+def test_a_suspend_that_was_refused_is_seen_once(house: House) -> None:
+    assert not house.views.look()
+    house.device.refused += 1
+    assert house.views.look()
+    assert not house.views.look()
 
 
 def test_what_is_in_a_view_that_goes_is_let_go_and_the_rest_stays(house: House, tmp_path: Path) -> None:

@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-only WITH Linux-syscall-note */
 /*
- * shareview: the control interface, version 1.
+ * shareview: the control interface, version 2.
  *
  * /dev/shareview takes these ioctls from holders of CAP_SYS_ADMIN. A file is named by an open
  * descriptor of it in a mounted view. Every structure begins with its own size; another size than
  * the one below is refused with EINVAL, and so is a reserved field or a flag that is not zero.
  *
  * poll() on the device says POLLIN when something was let go that nobody had asked for (a writer, a
- * suspend, an unmount) since this descriptor's last SHAREVIEW_INFO.
+ * suspend, an unmount), or that a suspend was refused, since this descriptor's last SHAREVIEW_INFO.
  */
 #ifndef SHAREVIEW_H
 #define SHAREVIEW_H
@@ -15,7 +15,7 @@
 #include <linux/ioctl.h>
 #include <linux/types.h>
 
-#define SHAREVIEW_VERSION 1
+#define SHAREVIEW_VERSION 2
 #define SHAREVIEW_MAX_RUNS 0x100000U
 /* A file's pages from this one on cannot be attached: 16 GiB. */
 #define SHAREVIEW_MAX_PAGE 0x400000U
@@ -70,6 +70,7 @@ struct shareview_info {
 	__u32 version;		/* out: SHAREVIEW_VERSION */
 	__aligned_u64 epoch;	/* suspends so far; references do not survive one */
 	__aligned_u64 lost;	/* tables let go without an ioctl: writer, suspend, unmount */
+	__aligned_u64 refused;	/* suspends, because somebody held them back */
 	__aligned_u64 tables;	/* attached now */
 	__aligned_u64 attached_pages;
 	__aligned_u64 pending_pages; /* let go, not yet given back: still pinned by somebody */
@@ -80,8 +81,10 @@ struct shareview_info {
 };
 
 /*
- * 1: this descriptor's holder has grants mapped by itself (gntdev); a suspend fails with EBUSY
- * until it says 0, or closes the descriptor.
+ * 1: this descriptor's holder has what would not survive a suspend: grants that are mapped by
+ * itself (gntdev), event channels that are bound (evtchn). A suspend fails with EBUSY until it says
+ * 0, or closes the descriptor. It may then have the guest suspended after all, by writing "suspend"
+ * to its control/shutdown in xenstore, as long as the toolstack waits for it.
  */
 struct shareview_hold {
 	__u32 size;

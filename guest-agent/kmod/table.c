@@ -49,6 +49,7 @@ static atomic_long_t sv_attached;
 static atomic_long_t sv_leaked;
 static atomic_long_t sv_count;
 static atomic64_t sv_lost;
+static atomic64_t sv_refused;
 static atomic64_t sv_epoch;
 
 /* -------------------------------------------------------------------------------------- grants */
@@ -586,7 +587,8 @@ int sv_suspend(void)
 	long left;
 
 	if (sv_control_holds()) {
-		pr_warn("not suspended: a program has grants mapped itself\n");
+		pr_info("not suspended: a program has grants or event channels of its own\n");
+		atomic64_inc(&sv_refused);
 		sv_control_wake();
 		return -EBUSY;
 	}
@@ -628,6 +630,7 @@ void sv_info(struct shareview_info *ret)
 	ret->version = SHAREVIEW_VERSION;
 	ret->epoch = atomic64_read(&sv_epoch);
 	ret->lost = atomic64_read(&sv_lost);
+	ret->refused = atomic64_read(&sv_refused);
 	ret->tables = atomic_long_read(&sv_count);
 	ret->attached_pages = atomic_long_read(&sv_attached);
 	ret->pending_pages = atomic_long_read(&sv_pending);

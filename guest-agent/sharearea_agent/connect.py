@@ -28,7 +28,8 @@ GUEST_TYPE: Final = Path("/sys/hypervisor/guest_type")
 SHUTDOWN: Final = "control/shutdown"
 
 _CONNECT_TIMEOUT_S: Final = 2.0
-SUSPEND_S: Final = 10.0  # after a suspend was announced; none that comes is announced earlier
+SUSPEND_S: Final = 10.0
+"""After a suspend was announced; none that comes is announced earlier. The toolstack waits longer (xl: a minute)."""
 _AGAIN_S: Final = 30.0  # between two tries to watch xenstore again: each may wait for a xenstored that hangs
 
 
@@ -79,7 +80,7 @@ class RingConnector:
 
     `arrived` gets a link as soon as there is one; `lost` a text when none will come of the last connect(); `suspending`
     is called when the toolstack is about to suspend this domain, `restored` when it has become another one: links that
-    were handed out before are void then. Runs on the owner's `selector`.
+    were handed out before are void then; `binding` before an event channel is bound. Runs on the owner's `selector`.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class RingConnector:
         lost: Callable[[str], None],
         suspending: Callable[[], None],
         restored: Callable[[], None],
+        binding: Callable[[], None] = lambda: None,
         xenstore: Callable[[], XenStore] = XenStore,
         rendezvous: Callable[[XenStore], XenRendezvous] = XenRendezvous,
     ) -> None:
@@ -98,6 +100,7 @@ class RingConnector:
         self._lost = lost
         self._suspending = suspending
         self._restored = restored
+        self._binding = binding
         self._open_xenstore = xenstore
         self._open_rendezvous = rendezvous
         self._xenstore: XenStore | None = None
@@ -107,6 +110,7 @@ class RingConnector:
         self._offered = False  # rings that nobody has taken
         self._held = False  # connect() waits until rings may be made
         self._suspended_until = 0.0
+        self._again_until = 0.0  # a suspend was refused that is wanted still
         self._link: RingLink | None = None
         self._domid = -1
         self._again_at = 0.0
@@ -132,8 +136,14 @@ class RingConnector:
         if self._held:
             rendezvous.withdraw()
         else:
+            self._binding()
             rendezvous.publish()
             self._offered = True
+
+    @property
+    def bound(self) -> bool:
+        """Whether an event channel is bound, so that this guest must not be suspended."""
+        return self._offered or (self._link is not None and not self._link.closed)
 
     def _open(self) -> XenRendezvous:
         if self._rendezvous is None:
@@ -202,14 +212,41 @@ class RingConnector:
         try:
             control.events()
             if control.read(SHUTDOWN) == "suspend":
-                self._suspended_until = time.monotonic() + SUSPEND_S
-                self._suspending()  # closes the link
-                if self._offered and self._rendezvous is not None:
-                    self._unregister()
-                    self._offer(self._rendezvous)
-                    self._register()
+                self._suspend_comes()
         except ShareareaError:
             self._drop_control()  # the next connect() opens another one
+
+    def _suspend_comes(self) -> None:
+        announced = time.monotonic() < self._suspended_until
+        self._suspended_until = time.monotonic() + SUSPEND_S
+        if announced and not self.bound:
+            return
+        self._suspending()  # closes the link
+        if self._offered and self._rendezvous is not None:
+            self._unregister()
+            self._offer(self._rendezvous)
+            self._register()
+
+    def suspend_refused(self) -> None:
+        """Have all let go as before a suspend: the kernel has refused one, because not all was, and it is wanted."""
+        self._again_until = time.monotonic() + SUSPEND_S
+        try:
+            self._suspend_comes()
+        except ShareareaError:
+            self._drop()
+
+    def nothing_left(self) -> None:
+        """Ask for the suspend again that was refused, if one was: nothing stands in its way now.
+
+        The kernel takes a request whoever writes it, and the toolstack waits for the suspend alone (libxl, 4.17). Not
+        after SUSPEND_S: a guest that is suspended when nobody waits for it any more stays so.
+        """
+        wanted, self._again_until = time.monotonic() < self._again_until, 0.0
+        if wanted and self._control is not None:
+            try:
+                self._control.write(SHUTDOWN, "suspend")
+            except ShareareaError:
+                self._drop_control()
 
     def check(self) -> None:
         """Look for events that were read along with an answer, and for a broker that died without a sign."""

@@ -224,6 +224,7 @@ class Runner:
             lost=lambda why: self._events.append(agent.LinkDown(why)),
             suspending=self._on_suspending,
             restored=self._on_restored,
+            binding=lambda: self._hold_suspends(binding=True),
         )
 
     def _who_may(self) -> Callable[[Credentials], bool]:
@@ -313,8 +314,7 @@ class Runner:
         if self._resume_at is not None and now >= self._resume_at:
             self._resume_at = None
             self._events.append(agent.Resumed())
-        if self._views is not None:
-            self._views.hold_suspend(self.agent.programs_share)
+        self._hold_suspends()
         self._events.append(agent.Tick(memory))
         self._hub.release_unused(self._leases)
         self._look_at_changes(now)
@@ -480,8 +480,7 @@ class Runner:
                 assert self._views is not None
                 self._views.unshare(action)
             case agent.ShareWith():
-                if self._views is not None:
-                    self._views.hold_suspend(True)  # before the program has anything that it could map
+                self._hold_suspends(binding=True)  # before the program has anything that it could map
                 try:
                     self._hub.share(action)
                 except ProtocolError as error:
@@ -576,7 +575,21 @@ class Runner:
 
     def _on_views(self, _: int) -> None:
         assert self._views is not None
-        self._views.look()
+        if self._views.look() and isinstance(self._connector, RingConnector):
+            self._connector.suspend_refused()
+            self._hold_suspends()
+
+    def _hold_suspends(self, *, binding: bool = False) -> None:
+        """Have the view's module hold suspends back as long as something is bound or mapped that would not survive one.
+
+        `binding`: something is about to be.
+        """
+        if self._views is None or not isinstance(self._connector, RingConnector):
+            return
+        hold = binding or self._connector.bound or self.agent.programs_share
+        self._views.hold_suspend(hold)
+        if not hold:
+            self._connector.nothing_left()
 
     # ------------------------------------------------------------------------------------------------------- leases
 

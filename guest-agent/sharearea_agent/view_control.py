@@ -1,4 +1,4 @@
-"""The control interface of the guest view's kernel module: /dev/shareview (guest-agent/kmod/shareview.h, version 1).
+"""The control interface of the guest view's kernel module: /dev/shareview (guest-agent/kmod/shareview.h, version 2).
 
 What the ioctls take and give, as Python values; when to attach what is its caller's business. Needs nothing but Python.
 """
@@ -16,12 +16,12 @@ from typing import Final
 from .common.errors import HostError
 
 DEVICE: Final = "/dev/shareview"
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_RUNS: Final = 0x100000
 MAX_PAGE: Final = 0x400000
 """Pages of a file from this one on cannot be attached."""
 
-_INFO: Final = struct.Struct("=II9Q")
+_INFO: Final = struct.Struct("=II10Q")
 _ATTACH: Final = struct.Struct("=IiIIIIQQQ")
 _DETACH: Final = struct.Struct("=Ii")
 _STATE: Final = struct.Struct("=IiQQ")
@@ -49,6 +49,8 @@ class ViewInfo:
     """Suspends so far. References that were asked for in another epoch are refused."""
     lost: int
     """Tables let go without being asked for: a writer, a suspend, an unmount."""
+    refused: int
+    """Suspends that were refused because somebody held them back."""
     tables: int
     attached_pages: int
     pending_pages: int
@@ -80,14 +82,14 @@ class ViewControl:
             raise HostError(f"{path}: the module speaks version {version}, this agent version {VERSION}")
 
     def fileno(self) -> int:
-        """Return its descriptor: readable when a table was let go that nobody had asked for."""
+        """Return its descriptor: readable when tables were let go unasked for, or a suspend was refused."""
         if self._fd < 0:
             raise ValueError("the control device is closed")
         return self._fd
 
     def info(self) -> ViewInfo:
         """Return the counters; the descriptor is not readable afterwards, until something is lost again."""
-        answer = bytearray(_INFO.pack(_INFO.size, *[0] * 10))
+        answer = bytearray(_INFO.pack(_INFO.size, *[0] * 11))
         fcntl.ioctl(self.fileno(), INFO, answer, True)
         return ViewInfo(*_INFO.unpack(answer)[1:])
 
@@ -128,7 +130,7 @@ class ViewControl:
         return attached, pages
 
     def hold(self, on: bool) -> None:
-        """Keep the guest from being suspended, as long as this process has grants mapped by itself; or no longer."""
+        """Keep the guest from being suspended, as long as this process has what would not survive it; or no longer."""
         fcntl.ioctl(self.fileno(), HOLD, _HOLD.pack(_HOLD.size, int(on)))
 
     def close(self) -> None:

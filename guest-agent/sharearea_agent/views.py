@@ -89,6 +89,7 @@ class Views:
         self._next: Handle = 0
         self._complained: set[int] = set()
         self._held = False
+        self._refused = control.info().refused
         control.detach_all()  # what an earlier agent left: nobody knows any more what of it is granted
 
     def fileno(self) -> int:
@@ -191,19 +192,24 @@ class Views:
                 os.close(fd)
 
     def hold_suspend(self, on: bool) -> None:
-        """Have the kernel refuse a suspend while programs have grants mapped by themselves, or no longer."""
+        """Have the kernel refuse a suspend while something is mapped or bound that ends with it, or no longer."""
         if on != self._held:
             self._control.hold(on)
             self._held = on
 
-    def look(self) -> None:
-        """See what was let go without us: those files are given back, and asked for again later."""
-        self._control.info()
+    def look(self) -> bool:
+        """See what was let go without us: those files are given back, and asked for again later.
+
+        Returns whether a suspend was refused since the last time.
+        """
+        refused = self._control.info().refused
+        before, self._refused = self._refused, refused
         for handle, entry in self._entries.items():
             if entry.fd >= 0 and not self._control.state(entry.fd)[0]:
                 os.close(entry.fd)
                 entry.fd = -1
                 self._feed(agent.ConsumerMapped(VIEWS, handle, entry.generation, 0, MAPPED_NO_ROOM))
+        return refused != before
 
     def status(self) -> dict[str, Any]:
         """Return figures for `sharearea-agent status`."""
