@@ -12,7 +12,19 @@
 #include <stdint.h>
 
 /* A system call, made directly: the result, or -errno. */
-long sa_call(long number, long a, long b, long c, long d, long e, long f);
+static inline long sa_call(long number, long a, long b, long c, long d, long e, long f)
+{
+	register long r10 __asm__("r10") = d;
+	register long r8 __asm__("r8") = e;
+	register long r9 __asm__("r9") = f;
+	long result;
+
+	__asm__ volatile("syscall"
+	                 : "=a"(result)
+	                 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
+	                 : "rcx", "r11", "memory");
+	return result;
+}
 
 /* Start the thread, unless this process is one to be left alone. Once. socket: path of the agent's socket. whole: learn
  * the mappings that are there, and libraries that come later, besides what sa_shim_mapped says; then, while there is
