@@ -27,13 +27,10 @@
 #include <sys/un.h>
 
 enum {
-	MAX_REGIONS = 4096,
 	MAX_FILES = 1024,
 	MAX_SEGMENTS = 1024,
-	MAX_NOTES = 512,
 	MAX_LATE = 1024,
 	MAX_FDS = 256, /* descriptors that may come ahead of their messages */
-	MIN_PAGES = 4, /* smaller mappings are not worth two mappings more */
 	COMPARE_PAGES = 16,
 	MS_SETTLE = 50, /* from a new mapping to the look at it */
 	MS_START = 300, /* programs that end sooner cost the agent nothing, and themselves next to nothing */
@@ -42,25 +39,6 @@ enum {
 	MS_RETRY_MOST = 5000,
 	MS_LOOK_MOST = 8000 /* longest time between two looks at a program that maps nothing */
 };
-
-enum origin { ORIGIN_START, ORIGIN_PROGRAM, ORIGIN_LATE };
-
-/* A mapping of a file, or a part of one that is a mapping of its own. */
-struct region {
-	uintptr_t start;
-	size_t length;
-	uint64_t first; /* page of the file */
-	uint64_t dev, ino;
-	uintptr_t aside; /* the file's own mapping while pages are shared; 0: nothing is */
-	uint32_t pages;  /* that are shared */
-	uint32_t pieces; /* mappings that these are */
-	int16_t file;    /* NO_FILE, LEFT_ALONE */
-	uint8_t protection;
-	uint8_t origin;
-	bool verified; /* is what it was learned as; before a swap, with the lock */
-};
-
-enum { NO_FILE = -1, LEFT_ALONE = -2 };
 
 /* A file that the agent has been told of. The thread's alone. */
 struct file {
@@ -79,11 +57,6 @@ struct segment {
 	uint64_t pages;
 };
 
-struct range {
-	uintptr_t start;
-	size_t length;
-};
-
 struct late {
 	uintptr_t start;
 	uint64_t ino;
@@ -94,14 +67,7 @@ struct late {
 /* ---------------------------------------------------------------------------------------------------- state */
 
 /* With the lock. */
-static struct region regions[MAX_REGIONS];
-static size_t nregions;
-static struct range notes[MAX_NOTES]; /* what the program has mapped; length 0: nothing */
-static size_t next_note;
-static size_t pieces_used;
-static unsigned closings; /* calls of dlclose under way */
-static unsigned stops;    /* sa_shim_resume is to come so often */
-static uint8_t *reserve;
+static unsigned stops;     /* sa_shim_resume is to come so often */
 static bool retired;       /* for good */
 static bool whole_program; /* not only what it says that it has mapped */
 
@@ -129,251 +95,6 @@ static uint64_t max_pieces;
 bool sa_shim_watches(void)
 {
 	return atomic_load_explicit(&watching, memory_order_relaxed);
-}
-
-/* --------------------------------------------------------------------------------------------------- regions */
-
-static uintptr_t end_of(const struct region *region)
-{
-	return region->start + region->length;
-}
-
-/* Index of the first region that ends behind an address. */
-static size_t first_behind(uintptr_t address)
-{
-	size_t low = 0;
-	size_t high = nregions;
-
-	while (low < high) {
-		const size_t middle = low + (high - low) / 2;
-
-		if (end_of(&regions[middle]) <= address)
-			low = middle + 1;
-		else
-			high = middle;
-	}
-	return low;
-}
-
-static void region_add(const struct region *region)
-{
-	const size_t index = first_behind(region->start);
-
-	if (nregions == MAX_REGIONS || (index < nregions && regions[index].start < end_of(region)))
-		return;
-	memmove(&regions[index + 1], &regions[index], (nregions - index) * sizeof regions[0]);
-	regions[index] = *region;
-	nregions++;
-}
-
-static void region_remove(size_t index)
-{
-	nregions--;
-	memmove(&regions[index], &regions[index + 1], (nregions - index) * sizeof regions[0]);
-	atomic_store(&sa_emptied, true);
-}
-
-/* mremap is refused in a process that is near vm.max_map_count, also where it would leave fewer mappings. So a few are
- * set aside: pages with rights by turns, each a mapping. */
-enum { RESERVE_PAGES = 13 };
-
-static bool reserve_take(void)
-{
-	long pages;
-
-	if (reserve)
-		return true;
-	pages = sa_call(__NR_mmap, 0, RESERVE_PAGES * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
-	                0);
-	if (pages < 0)
-		return false;
-	for (long i = 1; i < RESERVE_PAGES; i += 2) {
-		if (sa_call3(__NR_mprotect, pages + i * PAGE, PAGE, PROT_READ) < 0) {
-			(void)sa_call3(__NR_munmap, pages, RESERVE_PAGES * PAGE, 0); /* ours alone */
-			return false;
-		}
-	}
-	reserve = (uint8_t *)(uintptr_t)pages;
-	return true;
-}
-
-static void reserve_give(void)
-{
-	if (reserve)
-		(void)sa_call3(__NR_munmap, sa_at(reserve), RESERVE_PAGES * PAGE, 0); /* ours alone */
-	reserve = NULL;
-}
-
-static long move_back(const struct region *region)
-{
-	return sa_call(__NR_mremap, (long)region->aside, (long)region->length, (long)region->length,
-	               MREMAP_MAYMOVE | MREMAP_FIXED, (long)region->start, 0);
-}
-
-static int region_put_back(struct region *region)
-{
-	long result;
-
-	if (region->aside == 0)
-		return 0;
-	result = move_back(region);
-	if (result == -ENOMEM && reserve) {
-		reserve_give();
-		result = move_back(region);
-		(void)reserve_take(); /* if there is no room now, the next swap asks again */
-	}
-	if (result < 0)
-		return (int)result;
-	pieces_used -= region->pieces;
-	region->aside = 0;
-	region->pages = region->pieces = 0;
-	return 0;
-}
-
-static int put_back_all(void)
-{
-	int error = 0;
-
-	for (size_t i = 0; i < nregions; i++) {
-		const int one = region_put_back(&regions[i]);
-
-		error = one ? one : error;
-	}
-	return error;
-}
-
-static void note(uintptr_t start, size_t length)
-{
-	notes[next_note] = (struct range){start, length};
-	next_note = (next_note + 1) % MAX_NOTES;
-	if (!atomic_exchange(&sa_dirty, true))
-		sa_thread_wake();
-}
-
-/* A library that came by dlopen is found as one. */
-static void note_again(const struct region *region)
-{
-	if (region->origin != ORIGIN_LATE)
-		note(region->start, region->length);
-	else if (!atomic_exchange(&sa_dirty, true))
-		sa_thread_wake();
-}
-
-static void notes_forget(uintptr_t start, uintptr_t end)
-{
-	for (size_t i = 0; i < MAX_NOTES; i++) {
-		const struct range old = notes[i];
-
-		if (old.length == 0 || old.start >= end || old.start + old.length <= start)
-			continue;
-		notes[i].length = start > old.start ? start - old.start : 0;
-		if (old.start + old.length > end)
-			note(end, old.start + old.length - end);
-	}
-}
-
-static uintptr_t page_down(uintptr_t address)
-{
-	return address & ~(uintptr_t)(PAGE - 1);
-}
-
-static uintptr_t page_end(uintptr_t start, size_t length)
-{
-	return length > UINTPTR_MAX - PAGE - start ? UINTPTR_MAX & ~(uintptr_t)(PAGE - 1)
-	                                           : page_down(start + length + PAGE - 1);
-}
-
-int sa_shim_put_back(uintptr_t start, size_t length, bool again)
-{
-	const uintptr_t end = page_end(start, length);
-
-	for (size_t i = first_behind(page_down(start)); i < nregions && regions[i].start < end;) {
-		const struct region region = regions[i];
-		const int error = region_put_back(&regions[i]);
-
-		if (error)
-			return error;
-		region_remove(i);
-		if (again)
-			note_again(&region);
-	}
-	if (!again)
-		notes_forget(page_down(start), end);
-	return 0;
-}
-
-int sa_shim_put_back_edges(uintptr_t start, size_t length)
-{
-	const uintptr_t from = page_down(start);
-	const uintptr_t end = page_end(start, length);
-
-	for (size_t i = first_behind(from); i < nregions && regions[i].start < end;) {
-		const struct region region = regions[i];
-		int error;
-
-		if (region.start >= from && end_of(&region) <= end) {
-			i++;
-			continue;
-		}
-		error = region_put_back(&regions[i]);
-		if (error)
-			return error;
-		region_remove(i);
-		note_again(&region);
-	}
-	return 0;
-}
-
-void sa_shim_gone(uintptr_t start, size_t length)
-{
-	const uintptr_t from = page_down(start);
-	const uintptr_t end = page_end(start, length);
-	bool shared = false;
-
-	for (size_t i = first_behind(from); i < nregions && regions[i].start < end;) {
-		const struct region region = regions[i];
-
-		if (region.aside) {
-			/* Ours alone, and whole. */
-			(void)sa_call3(__NR_munmap, (long)region.aside, (long)region.length, 0);
-			pieces_used -= region.pieces;
-			shared = true;
-		}
-		region_remove(i);
-	}
-	notes_forget(from, end);
-	if (shared)
-		sa_thread_wake(); /* the lease of a file that is mapped no more */
-}
-
-bool sa_shim_knows(uintptr_t start, size_t length)
-{
-	const uintptr_t from = page_down(start);
-	const uintptr_t end = page_end(start, length);
-	const size_t index = first_behind(from);
-
-	if (index < nregions && regions[index].start < end)
-		return true;
-	for (size_t i = 0; i < MAX_NOTES; i++) {
-		if (notes[i].length && notes[i].start < end && notes[i].start + notes[i].length > from)
-			return true;
-	}
-	return false;
-}
-
-size_t sa_shim_shared(uintptr_t start, size_t length)
-{
-	size_t pages = 0;
-
-	for (size_t i = first_behind(start); i < nregions && regions[i].start < start + length; i++)
-		pages += regions[i].pages;
-	return pages * PAGE;
-}
-
-void sa_shim_mapped(uintptr_t start, size_t length)
-{
-	if (length >= (size_t)MIN_PAGES * PAGE)
-		note(start, page_end(start, length) - start);
 }
 
 /* -------------------------------------------------------------------------------------------- reading /proc */
@@ -505,7 +226,7 @@ static bool learn_at_start(const struct line *line)
 	struct region region = line->region;
 
 	region.origin = ORIGIN_START;
-	region_add(&region);
+	sa_region_add(&region);
 	return true;
 }
 
@@ -514,31 +235,6 @@ static bool learn_at_start(const struct line *line)
 static bool linker_rests(void)
 {
 	return *(volatile int *)&_r_debug.r_state == RT_CONSISTENT;
-}
-
-static bool is_noted(const struct region *region)
-{
-	for (size_t i = 0; i < MAX_NOTES; i++) {
-		if (notes[i].length && notes[i].start <= region->start &&
-		    notes[i].start + notes[i].length >= end_of(region))
-			return true;
-	}
-	return false;
-}
-
-/* Whether it is a region, or lies where one has its aside. */
-static bool is_known(const struct region *region)
-{
-	const size_t index = first_behind(region->start);
-
-	if (index < nregions && regions[index].start < end_of(region))
-		return true;
-	for (size_t i = 0; i < nregions; i++) {
-		if (regions[i].aside && regions[i].aside < end_of(region) &&
-		    regions[i].aside + regions[i].length > region->start)
-			return true;
-	}
-	return false;
 }
 
 /* A library is several mappings of one file after the other, one of them executable. Remembered: the file of the line
@@ -568,9 +264,9 @@ static void end_run(void)
 				.start = run[i].start, .ino = run[i].ino, .since = look_time, .seen = true};
 		} else if (found) {
 			found->seen = true;
-			if (look_time - found->since >= MS_LATE && closings == 0 && linker_rests()) {
+			if (look_time - found->since >= MS_LATE && !sa_regions_are_closing() && linker_rests()) {
 				run[i].origin = ORIGIN_LATE;
-				region_add(&run[i]);
+				sa_region_add(&run[i]);
 			}
 		}
 	}
@@ -584,21 +280,26 @@ static bool learn_later(const struct line *line)
 
 	if (run_length && (run_ino != region.ino || run_end != region.start))
 		end_run();
-	if (is_known(&region))
+	if (sa_region_is_known(&region))
 		return true;
-	if (is_noted(&region)) {
+	if (sa_region_is_noted(&region)) {
 		region.origin = ORIGIN_PROGRAM;
-		region_add(&region);
+		sa_region_add(&region);
 		return true;
 	}
 	if (!whole_program)
 		return true;
 	run_ino = region.ino;
-	run_end = end_of(&region);
+	run_end = sa_region_end(&region);
 	run_executable = run_executable || line->executable;
 	if (run_length < sizeof run / sizeof run[0])
 		run[run_length++] = region;
 	return true;
+}
+
+static int16_t index_of(const struct file *file)
+{
+	return (int16_t)(file - files);
 }
 
 static struct file *file_of(uint64_t dev, uint64_t ino)
@@ -638,23 +339,21 @@ static struct file *open_file(const struct line *line)
 static bool open_for_regions(const struct line *line)
 {
 	struct file *file = file_of(line->region.dev, line->region.ino);
-	bool wanted = false;
-	size_t index;
+	struct region *region;
+	bool wanted;
 
 	sa_lock();
-	index = first_behind(line->region.start);
-	wanted = index < nregions && regions[index].start == line->region.start && regions[index].file == NO_FILE &&
-	         regions[index].ino == line->region.ino && regions[index].dev == line->region.dev;
+	region = sa_region_find(&line->region);
+	wanted = region && region->file == NO_FILE;
 	sa_unlock();
 	if (!wanted)
 		return true;
 	if (file == NULL)
 		file = open_file(line);
 	sa_lock();
-	index = first_behind(line->region.start);
-	if (index < nregions && regions[index].start == line->region.start && regions[index].ino == line->region.ino &&
-	    regions[index].dev == line->region.dev)
-		regions[index].file = file ? (int16_t)(file - files) : LEFT_ALONE;
+	region = sa_region_find(&line->region);
+	if (region)
+		region->file = file ? index_of(file) : LEFT_ALONE;
 	sa_unlock();
 	if (file)
 		file->grown = true;
@@ -719,16 +418,10 @@ static bool send_message(uint32_t type, const uint64_t *fields, size_t n, int fd
 static void file_put_back(struct file *file)
 {
 	for (;;) {
-		int error = 0;
+		int error;
 
 		sa_lock();
-		for (size_t i = 0; i < nregions; i++) {
-			if (regions[i].file == file - files) {
-				const int one = region_put_back(&regions[i]);
-
-				error = one ? one : error;
-			}
-		}
+		error = sa_regions_put_back(index_of(file));
 		sa_unlock();
 		if (error == 0)
 			break;
@@ -771,13 +464,12 @@ static bool drop_unused(void)
 		return true;
 	for (size_t i = 0; i < MAX_FILES; i++) {
 		struct file *file = &files[i];
-		bool used = false;
+		bool used;
 
 		if (!file->used)
 			continue;
 		sa_lock();
-		for (size_t k = 0; k < nregions && !used; k++)
-			used = regions[k].file == (int16_t)i;
+		used = sa_regions_have((int16_t)i);
 		sa_unlock();
 		if (used)
 			continue;
@@ -893,64 +585,32 @@ static bool is_all_the_files(int pagemap, const struct region *region)
 	return true;
 }
 
-/* Whether a region is one that this lease is for. With the lock. */
-static bool may_swap(const struct region *region, const struct file *file)
-{
-	return region->file == file - files && region->aside == 0 && (region->origin != ORIGIN_LATE || closings == 0);
-}
-
 /* Whatever was mapped or unmapped past libc: only what the kernel shows as it was learned is swapped. */
-static bool verify_region(const struct line *line)
+static bool verify(const struct line *line)
 {
-	const struct region *is = &line->region;
-
-	for (size_t i = first_behind(is->start); i < nregions && regions[i].start < end_of(is); i++) {
-		struct region *region = &regions[i];
-
-		region->verified = region->start >= is->start && end_of(region) <= end_of(is) &&
-		                   region->dev == is->dev && region->ino == is->ino &&
-		                   region->protection == is->protection &&
-		                   region->first == is->first + (region->start - is->start) / PAGE;
-	}
+	sa_regions_verify(&line->region);
 	return true;
 }
 
 /* With the lock: the swap of one region. -errno: nothing has changed. */
 static int region_swap(struct region *region, const struct sa_frame *share)
 {
-	long aside;
-	long hint = 0;
+	int error = sa_region_set_aside(region);
 
-	if (!reserve_take())
-		return -ENOMEM;
-	/* The new address is a hint here, but Linux (seen on 6.18) refuses one whose range meets the old one (check_mremap_params), and
-	 * programs that are linked to low addresses are in the way of the default, 0. The reserve is high, and taken. */
-	if (region->start < region->length)
-		hint = sa_at(reserve);
-	aside = sa_call(__NR_mremap, (long)region->start, (long)region->length, (long)region->length,
-	                MREMAP_MAYMOVE | MREMAP_DONTUNMAP, hint, 0);
-	if (aside < 0)
-		return (int)aside;
-	region->aside = (uintptr_t)aside;
-	/* It took the page table along, and what is mapped stays in the page cache. Nothing of it is the program's own. */
-	(void)sa_call3(__NR_madvise, aside, (long)region->length, MADV_DONTNEED);
+	if (error)
+		return error;
 	for (uint32_t i = 0; i < share->entries[1]; i++) {
 		struct piece piece;
-		long placed;
 
 		if (!piece_of(share, RUNS_TO_MAP, i, region, &piece))
 			continue;
-		placed = sa_call(__NR_mmap, (long)(region->start + (piece.page - region->first) * PAGE),
-		                 (long)(piece.count * PAGE), region->protection, MAP_PRIVATE | MAP_FIXED,
-		                 piece.segment->fd, (long)(SA_SEGMENT_HEADER + piece.slot * PAGE));
-		if (placed < 0) {
-			const int back = region_put_back(region);
+		error = sa_region_share(region, piece.page, piece.count, piece.segment->fd,
+		                        SA_SEGMENT_HEADER + piece.slot * PAGE);
+		if (error) {
+			const int back = sa_region_put_back(region);
 
-			return back ? back : (int)placed;
+			return back ? back : error;
 		}
-		region->pages += (uint32_t)piece.count;
-		region->pieces++;
-		pieces_used++;
 	}
 	return 0;
 }
@@ -983,32 +643,29 @@ static uint32_t share_file(const struct file *file, const struct sa_frame *share
 	if (pagemap < 0)
 		return SA_MAPPED_NO_ROOM;
 	sa_lock();
-	for (size_t i = 0; i < nregions; i++)
-		regions[i].verified = false;
-	walk_maps(verify_region);
-	for (size_t i = 0; i < nregions && outcome == SA_MAPPED_DONE && !atomic_load(&sa_stopping); i++) {
-		struct region *region = &regions[i];
+	sa_regions_doubt();
+	walk_maps(verify);
+	for (struct region *region = NULL; outcome == SA_MAPPED_DONE && !atomic_load(&sa_stopping);) {
 		struct piece piece;
 		bool wanted = false;
 		int error;
 
-		if (!may_swap(region, file))
-			continue;
+		region = sa_region_to_swap(index_of(file), region);
+		if (region == NULL)
+			break;
 		for (uint32_t k = 0; k < share->entries[1] && !wanted; k++)
 			wanted = piece_of(share, RUNS_TO_MAP, k, region, &piece);
 		if (!wanted)
 			continue;
-		if (pieces_used + nwanted > max_pieces) {
+		if (sa_regions_pieces() + nwanted > max_pieces) {
 			outcome = SA_MAPPED_NO_ROOM;
 			break;
 		}
 		error = region->verified && is_all_the_files(pagemap, region) ? region_swap(region, share) : -EINVAL;
 		if (error == -ENOMEM)
 			outcome = SA_MAPPED_NO_ROOM;
-		else if (error) {
-			region->file = LEFT_ALONE;
-			atomic_store(&sa_emptied, true);
-		}
+		else if (error)
+			sa_region_leave_alone(region);
 		*ret_pages += region->pages;
 	}
 	sa_unlock();
@@ -1204,8 +861,8 @@ static void hang_up(void)
 	while (nfds)
 		sa_close_fd(&fds[--nfds]);
 	frame_length = 0;
-	(void)sa_call3(__NR_madvise, (long)page_end((uintptr_t)frame_bytes, 0), (long)(sizeof frame_bytes - 2 * PAGE),
-	               MADV_DONTNEED);
+	(void)sa_call3(__NR_madvise, (long)sa_page_end((uintptr_t)frame_bytes, 0),
+	               (long)(sizeof frame_bytes - 2 * PAGE), MADV_DONTNEED);
 }
 
 static bool connect_agent(void)
@@ -1259,10 +916,7 @@ static void start_thread(void)
 {
 	uint64_t signals;
 
-	for (size_t i = 0; i < nregions; i++) {
-		if (regions[i].file >= 0)
-			regions[i].file = NO_FILE;
-	}
+	sa_regions_forget_files();
 	memset(files, 0, sizeof files);
 	memset(late, 0, sizeof late);
 	nfds = frame_length = 0;
@@ -1300,7 +954,7 @@ void sa_shim_stop(bool forever)
 	if (!sa_shim_watches() || !sa_thread_is_ours())
 		return;
 	sa_shim_lock(&held);
-	(void)put_back_all(); /* what cannot be put back the thread tries until it can */
+	(void)sa_regions_put_back_all(); /* what cannot be put back the thread tries until it can */
 	atomic_store(&sa_stopping, true);
 	stops += !forever;
 	if (forever) {
@@ -1328,12 +982,8 @@ void sa_shim_resume(void)
 
 void sa_shim_before_fork(void)
 {
-	bool shared = false;
-
 	sa_shim_lock(&fork_held);
-	for (size_t i = 0; i < nregions && !shared; i++)
-		shared = regions[i].aside != 0;
-	sa_children_fork(shared);
+	sa_children_fork(sa_regions_are_shared());
 }
 
 void sa_shim_after_fork_parent(void)
@@ -1347,39 +997,11 @@ void sa_shim_after_fork_child(void)
 {
 	const struct sa_held held = fork_held;
 
-	/* There is room: the parent's mappings, and none more. */
-	(void)put_back_all();
+	sa_regions_after_fork();
 	sa_children_done();
 	sa_thread_none();
-	closings = 0;
 	stops = 0;
 	if (sa_shim_watches() && !retired)
 		start_thread();
 	sa_shim_unlock(&held);
-}
-
-void sa_shim_before_close(void)
-{
-	struct sa_held held;
-
-	sa_shim_lock(&held);
-	closings++;
-	for (size_t i = 0; i < nregions;) {
-		if (regions[i].origin == ORIGIN_LATE && region_put_back(&regions[i]) == 0)
-			region_remove(i);
-		else
-			i++;
-	}
-	sa_shim_unlock(&held);
-}
-
-void sa_shim_after_close(void)
-{
-	struct sa_held held;
-
-	sa_shim_lock(&held);
-	closings--;
-	sa_shim_unlock(&held);
-	if (!atomic_exchange(&sa_dirty, true))
-		sa_thread_wake();
 }

@@ -1,9 +1,10 @@
 /*
  * shim_parts.h - what the files of the shim have of each other, lowest first; what they offer to others is shim.h.
  *
- *   shim_call.c   what is made of system calls alone: time, sleep, files
- *   shim_sync.c   the lock; the thread, made, woken and waited for; forked children
- *   shim.c        all the rest
+ *   shim_call.c     what is made of system calls alone: time, sleep, files
+ *   shim_sync.c     the lock; the thread, made, woken and waited for; forked children
+ *   shim_regions.c  the table of mappings, swaps and the way back, what the program says
+ *   shim.c          all the rest
  *
  * The thread is made by clone directly and shares the program's thread-local storage with the thread that made it. So
  * nothing in these files may touch errno, allocate, or call a function of libc that does: system calls go through sa_call,
@@ -21,6 +22,7 @@
 
 enum {
 	PAGE = SA_PAGE_SIZE,
+	MIN_PAGES = 4,     /* smaller mappings are not worth two mappings more */
 	MS_PATIENCE = 1000 /* for the thread's end, for room in the socket */
 };
 
@@ -99,6 +101,85 @@ bool sa_children_begin(void);
 void sa_children_fork(bool shared);
 void sa_children_done(void);
 void sa_children_wait(void);
+
+/* -------------------------------------------------------------------------------------------------- shim_regions.c */
+
+enum origin { ORIGIN_START, ORIGIN_PROGRAM, ORIGIN_LATE };
+
+/* A mapping of a file, or a part of one that is a mapping of its own. */
+struct region {
+	uintptr_t start;
+	size_t length;
+	uint64_t first; /* page of the file */
+	uint64_t dev, ino;
+	uintptr_t aside; /* the file's own mapping while pages are shared; 0: nothing is */
+	uint32_t pages;  /* that are shared */
+	uint32_t pieces; /* mappings that these are */
+	int16_t file;    /* NO_FILE, LEFT_ALONE */
+	uint8_t protection;
+	uint8_t origin;
+	bool verified; /* is what it was learned as; before a swap, with the lock */
+};
+
+enum { NO_FILE = -1, LEFT_ALONE = -2 };
+
+static inline uintptr_t sa_region_end(const struct region *region)
+{
+	return region->start + region->length;
+}
+
+static inline uintptr_t sa_page_down(uintptr_t address)
+{
+	return address & ~(uintptr_t)(PAGE - 1);
+}
+
+static inline uintptr_t sa_page_end(uintptr_t start, size_t length)
+{
+	return length > UINTPTR_MAX - PAGE - start ? UINTPTR_MAX & ~(uintptr_t)(PAGE - 1)
+	                                           : sa_page_down(start + length + PAGE - 1);
+}
+
+/* All of these with the lock. A pointer to a region is good until the lock is given up or a region comes or goes. */
+
+/* Add one, unless it meets another or there is no room. */
+void sa_region_add(const struct region *region);
+/* The region that begins there and is of that file; NULL: there is none. */
+struct region *sa_region_find(const struct region *is);
+/* Whether a mapping meets a region, or lies where one has its aside. */
+bool sa_region_is_known(const struct region *region);
+/* Whether the program has said that it has mapped all of it. */
+bool sa_region_is_noted(const struct region *region);
+
+/* Nothing more is done with it. */
+void sa_region_leave_alone(struct region *region);
+/* Whether there is a region of this file. */
+bool sa_regions_have(int16_t file);
+/* No region has a file any more. */
+void sa_regions_forget_files(void);
+
+/* Before swaps: doubt them all, then verify them by each mapping that is there. */
+void sa_regions_doubt(void);
+void sa_regions_verify(const struct region *is);
+/* The next region of a file that may be swapped; after: the one before, or NULL. */
+struct region *sa_region_to_swap(int16_t file, const struct region *after);
+/* Mappings that shared pages are, of all regions. */
+uint64_t sa_regions_pieces(void);
+
+/* Set the file's own mapping aside; -errno: nothing has changed. What is seen is the file's, until sa_region_share puts
+ * pages of a segment there, from a page of the file on. put_back ends both; 0 also if there is nothing to put back. */
+int sa_region_set_aside(struct region *region);
+int sa_region_share(struct region *region, uint64_t page, uint64_t count, int fd, uint64_t offset);
+int sa_region_put_back(struct region *region);
+/* The same for all regions of a file, for all regions: -errno if one could not be, the others are. */
+int sa_regions_put_back(int16_t file);
+int sa_regions_put_back_all(void);
+
+/* Whether there is one with shared pages. */
+bool sa_regions_are_shared(void);
+/* Whether dlclose is under way, in whatever thread. */
+bool sa_regions_are_closing(void);
+/* In a forked child: everything back, no dlclose under way. */
+void sa_regions_after_fork(void);
 
 #pragma GCC visibility pop
 
