@@ -13,7 +13,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
-#include <link.h>
 #include <linux/close_range.h>
 #include <poll.h>
 #include <stdatomic.h>
@@ -23,18 +22,15 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/sysmacros.h>
 #include <sys/un.h>
 
 enum {
 	MAX_FILES = 1024,
 	MAX_SEGMENTS = 1024,
-	MAX_LATE = 1024,
 	MAX_FDS = 256, /* descriptors that may come ahead of their messages */
 	COMPARE_PAGES = 16,
 	MS_SETTLE = 50, /* from a new mapping to the look at it */
 	MS_START = 300, /* programs that end sooner cost the agent nothing, and themselves next to nothing */
-	MS_LATE = 1000, /* how long a library must have been there */
 	MS_RETRY_FIRST = 200,
 	MS_RETRY_MOST = 5000,
 	MS_LOOK_MOST = 8000 /* longest time between two looks at a program that maps nothing */
@@ -57,19 +53,11 @@ struct segment {
 	uint64_t pages;
 };
 
-struct late {
-	uintptr_t start;
-	uint64_t ino;
-	int64_t since;
-	bool seen;
-};
-
 /* ---------------------------------------------------------------------------------------------------- state */
 
 /* With the lock. */
-static unsigned stops;     /* sa_shim_resume is to come so often */
-static bool retired;       /* for good */
-static bool whole_program; /* not only what it says that it has mapped */
+static unsigned stops; /* sa_shim_resume is to come so often */
+static bool retired;   /* for good */
 
 static _Atomic bool watching;
 static struct sa_held fork_held;
@@ -84,9 +72,6 @@ static int fds[MAX_FDS];
 static size_t nfds;
 static uint8_t frame_bytes[SA_FRAME_HEADER + SA_FRAME_MOST];
 static size_t frame_length;
-static struct late late[MAX_LATE];
-static char line_buffer[PATH_MAX + 256];
-static char read_buffer[16384];
 static uint8_t file_pages[COMPARE_PAGES * PAGE];
 static uint8_t slot_pages[COMPARE_PAGES * PAGE];
 static uint64_t page_flags[512];
@@ -97,205 +82,7 @@ bool sa_shim_watches(void)
 	return atomic_load_explicit(&watching, memory_order_relaxed);
 }
 
-/* -------------------------------------------------------------------------------------------- reading /proc */
-
-/* Whether /proc/self/status says that no seccomp filter is in force. */
-static bool unfiltered(void)
-{
-	static const char want[] = "\nSeccomp:\t0\n";
-	int fd = sa_open_read("/proc/self/status");
-	size_t n = 0;
-	long got;
-
-	if (fd < 0)
-		return false;
-	while (n < sizeof read_buffer && (got = sa_read_some(fd, read_buffer + n, sizeof read_buffer - n)) > 0)
-		n += (size_t)got;
-	sa_close_fd(&fd);
-	for (size_t i = 0; i + sizeof want - 1 <= n; i++) {
-		if (memcmp(read_buffer + i, want, sizeof want - 1) == 0)
-			return true;
-	}
-	return false;
-}
-
-struct line {
-	struct region region; /* file is NO_FILE, origin not said */
-	bool executable;
-	const char *path;
-};
-
-static const char *take_hex(const char *text, uint64_t *ret)
-{
-	*ret = 0;
-	for (;; text++) {
-		const char c = *text;
-
-		if (c >= '0' && c <= '9')
-			*ret = *ret << 4 | (uint64_t)(c - '0');
-		else if (c >= 'a' && c <= 'f')
-			*ret = *ret << 4 | (uint64_t)(c - 'a' + 10);
-		else
-			return text;
-	}
-}
-
-static bool ends_with(const char *text, const char *end)
-{
-	const size_t n = strlen(text);
-	const size_t m = strlen(end);
-
-	return n >= m && memcmp(text + n - m, end, m) == 0;
-}
-
-/* A line of /proc/self/maps, if it is a mapping of a file that nobody can write through. Whether it is private or not makes
- * no difference then: a lease on the file is had only while nobody has it open for writing. */
-static bool parse_line(const char *text, struct line *ret)
-{
-	uint64_t start, end, offset, major, minor, ino = 0;
-	const char *rights;
-
-	text = take_hex(text, &start);
-	text = take_hex(text + (*text == '-'), &end);
-	if (*text != ' ' || end <= start)
-		return false;
-	rights = text + 1;
-	if (rights[0] != 'r' || rights[1] != '-' || (rights[2] != '-' && rights[2] != 'x') ||
-	    (rights[3] != 'p' && rights[3] != 's'))
-		return false;
-	text = take_hex(rights + 5, &offset);
-	text = take_hex(text + (*text == ' '), &major);
-	text = take_hex(text + (*text == ':'), &minor);
-	for (text += *text == ' '; *text >= '0' && *text <= '9'; text++)
-		ino = ino * 10 + (uint64_t)(*text - '0');
-	while (*text == ' ')
-		text++;
-	if (ino == 0 || *text != '/' || offset % PAGE != 0 || end - start < MIN_PAGES * PAGE)
-		return false;
-	if (ends_with(text, " (deleted)") || ends_with(text, "/libsharearea_preload.so") || strstr(text, "/gconv/"))
-		return false;
-	*ret = (struct line){
-		.region = {.start = start,
-	                   .length = end - start,
-	                   .first = offset / PAGE,
-	                   .dev = makedev((unsigned)major, (unsigned)minor),
-	                   .ino = ino,
-	                   .file = NO_FILE,
-	                   .protection = rights[2] == 'x' ? PROT_READ | PROT_EXEC : PROT_READ},
-		.executable = rights[2] == 'x',
-		.path = text,
-	};
-	return true;
-}
-
-/* Hand the lines of /proc/self/maps that parse_line takes to a function, until it says false. */
-static void walk_maps(bool (*visit)(const struct line *line))
-{
-	int fd = sa_open_read("/proc/self/maps");
-	size_t length = 0;
-	bool whole = true;
-	long got;
-
-	if (fd < 0)
-		return;
-	while ((got = sa_read_some(fd, read_buffer, sizeof read_buffer)) > 0) {
-		for (long i = 0; i < got; i++) {
-			struct line line;
-
-			if (read_buffer[i] != '\n') {
-				if (length < sizeof line_buffer - 1)
-					line_buffer[length++] = read_buffer[i];
-				else
-					whole = false;
-				continue;
-			}
-			line_buffer[length] = 0;
-			length = 0;
-			if (whole && parse_line(line_buffer, &line) && !visit(&line)) {
-				sa_close_fd(&fd);
-				return;
-			}
-			whole = true;
-		}
-	}
-	sa_close_fd(&fd);
-}
-
-static bool learn_at_start(const struct line *line)
-{
-	struct region region = line->region;
-
-	region.origin = ORIGIN_START;
-	sa_region_add(&region);
-	return true;
-}
-
-/* ------------------------------------------------------------------------------- the thread: finding mappings */
-
-static bool linker_rests(void)
-{
-	return *(volatile int *)&_r_debug.r_state == RT_CONSISTENT;
-}
-
-/* A library is several mappings of one file after the other, one of them executable. Remembered: the file of the line
- * before, and where its mappings begin in `late`. */
-static uint64_t run_ino;
-static uintptr_t run_end;
-static bool run_executable;
-static struct region run[8];
-static size_t run_length;
-static int64_t look_time;
-
-/* The mappings of a library that was dlopened: shared when seen for long enough. */
-static void end_run(void)
-{
-	for (size_t i = 0; run_executable && i < run_length; i++) {
-		struct late *free = NULL;
-		struct late *found = NULL;
-
-		for (size_t k = 0; k < MAX_LATE && !found; k++) {
-			if (late[k].since && late[k].start == run[i].start && late[k].ino == run[i].ino)
-				found = &late[k];
-			else if (late[k].since == 0)
-				free = &late[k];
-		}
-		if (!found && free) {
-			*free = (struct late){
-				.start = run[i].start, .ino = run[i].ino, .since = look_time, .seen = true};
-		} else if (found) {
-			found->seen = true;
-			if (look_time - found->since >= MS_LATE && !sa_regions_are_closing() && linker_rests()) {
-				run[i].origin = ORIGIN_LATE;
-				sa_region_add(&run[i]);
-			}
-		}
-	}
-	run_length = 0;
-	run_executable = false;
-}
-
-static bool learn_later(const struct line *line)
-{
-	struct region region = line->region;
-
-	if (run_length && (run_ino != region.ino || run_end != region.start))
-		end_run();
-	if (sa_region_is_known(&region))
-		return true;
-	if (sa_region_is_noted(&region)) {
-		region.origin = ORIGIN_PROGRAM;
-		sa_region_add(&region);
-		return true;
-	}
-	if (!whole_program)
-		return true;
-	run_ino = region.ino;
-	run_end = sa_region_end(&region);
-	run_executable = run_executable || line->executable;
-	if (run_length < sizeof run / sizeof run[0])
-		run[run_length++] = region;
-	return true;
-}
+/* ------------------------------------------------------------------------------------------ the thread: its files */
 
 static int16_t index_of(const struct file *file)
 {
@@ -335,8 +122,8 @@ static struct file *open_file(const struct line *line)
 	return NULL;
 }
 
-/* Open the files of regions that have none. Without the lock: a file may be slow to open. */
-static bool open_for_regions(const struct line *line)
+/* Without the lock: a file may be slow to open. */
+static bool open_for_region(const struct line *line)
 {
 	struct file *file = file_of(line->region.dev, line->region.ino);
 	struct region *region;
@@ -360,21 +147,10 @@ static bool open_for_regions(const struct line *line)
 	return !atomic_load(&sa_stopping);
 }
 
-static void look(void)
+/* Open the files of regions that have none. */
+static void open_files(void)
 {
-	atomic_store(&sa_dirty, false);
-	look_time = sa_now_ms();
-	for (size_t i = 0; i < MAX_LATE; i++)
-		late[i].seen = false;
-	sa_lock();
-	walk_maps(learn_later);
-	end_run();
-	sa_unlock();
-	for (size_t i = 0; i < MAX_LATE; i++) {
-		if (!late[i].seen)
-			late[i].since = 0;
-	}
-	walk_maps(open_for_regions);
+	sa_maps_walk(open_for_region);
 }
 
 /* ------------------------------------------------------------------------------------ the thread: the connection */
@@ -644,7 +420,7 @@ static uint32_t share_file(const struct file *file, const struct sa_frame *share
 		return SA_MAPPED_NO_ROOM;
 	sa_lock();
 	sa_regions_doubt();
-	walk_maps(verify);
+	sa_maps_walk(verify);
 	for (struct region *region = NULL; outcome == SA_MAPPED_DONE && !atomic_load(&sa_stopping);) {
 		struct piece piece;
 		bool wanted = false;
@@ -827,7 +603,8 @@ static bool serve(void)
 			look_pause = look_pause < MS_LOOK_MOST ? look_pause : MS_LOOK_MOST;
 			if (looks) {
 				looks--;
-				look();
+				sa_look();
+				open_files();
 			}
 			size = address_space();
 			if (!tell_files())
@@ -918,7 +695,7 @@ static void start_thread(void)
 
 	sa_regions_forget_files();
 	memset(files, 0, sizeof files);
-	memset(late, 0, sizeof late);
+	sa_look_forget();
 	nfds = frame_length = 0;
 	if (!sa_children_begin())
 		return;
@@ -938,11 +715,9 @@ void sa_shim_start(const char *socket, bool whole)
 	memcpy(socket_path, socket, strlen(socket));
 	if (sa_call(__NR_prlimit64, 0, RLIMIT_AS, 0, sa_at(&limit), 0, 0) < 0 || limit.rlim_cur != RLIM_INFINITY)
 		return;
-	if (!unfiltered())
+	if (!sa_is_unfiltered())
 		return;
-	whole_program = whole;
-	if (whole)
-		walk_maps(learn_at_start);
+	sa_look_begin(whole);
 	start_thread();
 }
 

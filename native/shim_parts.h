@@ -4,6 +4,7 @@
  *   shim_call.c     what is made of system calls alone: time, sleep, files
  *   shim_sync.c     the lock; the thread, made, woken and waited for; forked children
  *   shim_regions.c  the table of mappings, swaps and the way back, what the program says
+ *   shim_look.c     what is mapped, by /proc, and which of it becomes a region
  *   shim.c          all the rest
  *
  * The thread is made by clone directly and shares the program's thread-local storage with the thread that made it. So
@@ -23,6 +24,7 @@
 enum {
 	PAGE = SA_PAGE_SIZE,
 	MIN_PAGES = 4,     /* smaller mappings are not worth two mappings more */
+	MS_LATE = 1000,    /* how long a library must have been there */
 	MS_PATIENCE = 1000 /* for the thread's end, for room in the socket */
 };
 
@@ -180,6 +182,28 @@ bool sa_regions_are_shared(void);
 bool sa_regions_are_closing(void);
 /* In a forked child: everything back, no dlclose under way. */
 void sa_regions_after_fork(void);
+
+/* ---------------------------------------------------------------------------------------------------- shim_look.c */
+
+struct line {
+	struct region region; /* file is NO_FILE, origin not said */
+	bool executable;
+	const char *path;
+};
+
+/* Whether /proc says that no seccomp filter is in force; false too if it does not say. */
+bool sa_is_unfiltered(void);
+
+/* Hand the mappings of files that nobody can write through, and that are large enough, to a function, until it says
+ * false. A line is good during the call. The thread, or before there is one. */
+void sa_maps_walk(bool (*visit)(const struct line *line));
+
+/* Before there is a thread. whole: as in sa_shim_start; all that is mapped now becomes a region. */
+void sa_look_begin(bool whole);
+/* The thread: look for what was mapped since. A library becomes a region at a second look, MS_LATE after the first. */
+void sa_look(void);
+/* What was seen so far counts no more: another thread begins. */
+void sa_look_forget(void);
 
 #pragma GCC visibility pop
 
