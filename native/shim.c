@@ -7,27 +7,20 @@
  */
 #include "shim_parts.h"
 
-#include "frame.h"
-
 #include <asm/unistd.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <linux/close_range.h>
-#include <poll.h>
 #include <stdatomic.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 
 enum {
 	MAX_FILES = 1024,
 	MAX_SEGMENTS = 1024,
-	MAX_FDS = 256, /* descriptors that may come ahead of their messages */
 	COMPARE_PAGES = 16,
 	MS_SETTLE = 50, /* from a new mapping to the look at it */
 	MS_START = 300, /* programs that end sooner cost the agent nothing, and themselves next to nothing */
@@ -63,15 +56,9 @@ static _Atomic bool watching;
 static struct sa_held fork_held;
 
 /* The thread's alone. */
-static char socket_path[sizeof((struct sockaddr_un *)NULL)->sun_path];
 static struct file files[MAX_FILES];
 static struct segment segments[MAX_SEGMENTS];
 static uint32_t next_handle;
-static int link_fd;
-static int fds[MAX_FDS];
-static size_t nfds;
-static uint8_t frame_bytes[SA_FRAME_HEADER + SA_FRAME_MOST];
-static size_t frame_length;
 static uint8_t file_pages[COMPARE_PAGES * PAGE];
 static uint8_t slot_pages[COMPARE_PAGES * PAGE];
 static uint64_t page_flags[512];
@@ -153,42 +140,6 @@ static void open_files(void)
 	sa_maps_walk(open_for_region);
 }
 
-/* ------------------------------------------------------------------------------------ the thread: the connection */
-
-/* Send a message, with a descriptor or -1. False: the connection is of no use any more. */
-static bool send_message(uint32_t type, const uint64_t *fields, size_t n, int fd)
-{
-	uint8_t frame[SA_FRAME_SENT];
-	const size_t length = sa_frame_write(type, fields, n, frame);
-	union {
-		struct cmsghdr header;
-		uint8_t bytes[CMSG_SPACE(sizeof(int))];
-	} control = {.bytes = {0}};
-	size_t sent = 0;
-
-	while (sent < length) {
-		struct iovec part = {frame + sent, length - sent};
-		struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
-		long got;
-		bool go;
-
-		if (fd >= 0 && sent == 0) {
-			control.header = (struct cmsghdr){CMSG_LEN(sizeof fd), SOL_SOCKET, SCM_RIGHTS};
-			memcpy(CMSG_DATA(&control.header), &fd, sizeof fd);
-			message.msg_control = &control;
-			message.msg_controllen = sizeof control;
-		}
-		got = sa_call3(__NR_sendmsg, link_fd, sa_at(&message), MSG_NOSIGNAL | MSG_DONTWAIT);
-		if (got > 0)
-			sent += (size_t)got;
-		else if (got == -EAGAIN && !(sa_wait(link_fd, POLLOUT, MS_PATIENCE, &go) & POLLOUT))
-			return false;
-		else if (got < 0 && got != -EAGAIN && got != -EINTR)
-			return false;
-	}
-	return true;
-}
-
 /* The file's own pages everywhere, also in children; then the lease may go. The kernel always has room for it unless
  * the program is at its limit of mappings and takes what the reserve gives back: then it is tried again. */
 static void file_put_back(struct file *file)
@@ -221,14 +172,14 @@ static bool tell_files(void)
 			/* The agent shares a file as a whole: once more from the beginning. */
 			file_put_back(file);
 			file->told = false;
-			if (!send_message(SA_CLOSE, (uint64_t[]){file->handle}, 1, -1))
+			if (!sa_link_send(SA_CLOSE, (uint64_t[]){file->handle}, 1, -1))
 				return false;
 			file->handle = ++next_handle;
 		}
 		if (sa_call3(__NR_fstat, file->fd, sa_at(&info), 0) < 0 || info.st_size <= 0)
 			continue; /* empty for now: the next look tries again */
 		file->told = true;
-		if (!send_message(SA_OPEN, (uint64_t[]){file->handle, (uint64_t)info.st_size}, 2, file->fd))
+		if (!sa_link_send(SA_OPEN, (uint64_t[]){file->handle, (uint64_t)info.st_size}, 2, file->fd))
 			return false;
 	}
 	return true;
@@ -254,7 +205,7 @@ static bool drop_unused(void)
 		sa_close_fd(&file->lease);
 		sa_close_fd(&file->fd);
 		file->used = false;
-		if (file->told && !send_message(SA_CLOSE, (uint64_t[]){file->handle}, 1, -1))
+		if (file->told && !sa_link_send(SA_CLOSE, (uint64_t[]){file->handle}, 1, -1))
 			return false;
 	}
 	return true;
@@ -472,7 +423,7 @@ static bool on_share(const struct sa_frame *share, int lease)
 	}
 	if (outcome == SA_MAPPED_DONE && pages == 0)
 		outcome = SA_MAPPED_NO_ROOM; /* nothing of what is shared is mapped here */
-	return send_message(SA_MAPPED, (uint64_t[]){file->handle, share->number[1], pages, outcome}, 4, -1);
+	return sa_link_send(SA_MAPPED, (uint64_t[]){file->handle, share->number[1], pages, outcome}, 4, -1);
 }
 
 static bool on_unshare(const struct sa_frame *unshare)
@@ -481,7 +432,7 @@ static bool on_unshare(const struct sa_frame *unshare)
 		if (files[i].used && files[i].handle == unshare->number[0])
 			file_put_back(&files[i]);
 	}
-	return send_message(SA_LET_GO, (uint64_t[]){unshare->number[0], unshare->number[1]}, 2, -1);
+	return sa_link_send(SA_LET_GO, (uint64_t[]){unshare->number[0], unshare->number[1]}, 2, -1);
 }
 
 /* Takes the descriptor. False: the connection is of no use any more. */
@@ -512,68 +463,6 @@ static bool on_message(const struct sa_frame *frame, int fd)
 
 /* ------------------------------------------------------------------------------------------ the thread: its life */
 
-static bool receive_some(void)
-{
-	uint8_t control[CMSG_SPACE(sizeof(int) * 64)] __attribute__((aligned(8)));
-	struct iovec part = {frame_bytes + frame_length, sizeof frame_bytes - frame_length};
-	struct msghdr message = {
-		.msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
-	const long got = sa_call3(__NR_recvmsg, link_fd, sa_at(&message), MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-
-	if (got == -EAGAIN || got == -EINTR)
-		return true;
-	if (got <= 0)
-		return false;
-	for (struct cmsghdr *header = CMSG_FIRSTHDR(&message); header; header = CMSG_NXTHDR(&message, header)) {
-		const size_t n = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-
-		if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS)
-			continue;
-		for (size_t i = 0; i < n; i++) {
-			int fd;
-
-			memcpy(&fd, CMSG_DATA(header) + i * sizeof fd, sizeof fd);
-			if (nfds == MAX_FDS)
-				sa_close_fd(&fd);
-			else
-				fds[nfds++] = fd;
-		}
-	}
-	frame_length += (size_t)got;
-	return (message.msg_flags & MSG_CTRUNC) == 0 && nfds < MAX_FDS;
-}
-
-/* Take up the whole frames that have arrived. */
-static bool take_frames(void)
-{
-	size_t used = 0;
-
-	while (frame_length - used >= SA_FRAME_HEADER) {
-		const uint32_t length = sa_frame_u32(frame_bytes + used, 0);
-		struct sa_frame frame;
-		int fd = -1;
-
-		if (length == 0 || length > SA_FRAME_MOST)
-			return false;
-		if (frame_length - used - SA_FRAME_HEADER < length)
-			break;
-		if (sa_frame_read(frame_bytes + used + SA_FRAME_HEADER, length, &frame) != 0)
-			return false;
-		if (frame.with_fd) {
-			if (nfds == 0)
-				return false;
-			fd = fds[0];
-			memmove(fds, fds + 1, --nfds * sizeof fds[0]);
-		}
-		if (!on_message(&frame, fd))
-			return false;
-		used += SA_FRAME_HEADER + length;
-	}
-	memmove(frame_bytes, frame_bytes + used, frame_length - used);
-	frame_length -= used;
-	return true;
-}
-
 /* How large the address space is, in pages: a cheap look whether a library has come. */
 static uint64_t address_space(void)
 {
@@ -589,11 +478,11 @@ static bool serve(void)
 	int looks = 0; /* that follow a change: libraries are taken at the second one */
 	bool go = true;
 
-	if (!send_message(SA_UNCHANGED, NULL, 0, -1))
+	if (!sa_link_send(SA_UNCHANGED, NULL, 0, -1))
 		return true;
 	while (go) {
 		int64_t now = sa_now_ms();
-		int events;
+		bool arrived;
 
 		if (now >= look_at) {
 			const bool news = atomic_load(&sa_dirty) || address_space() != size;
@@ -614,11 +503,11 @@ static bool serve(void)
 		}
 		if (!drop_unused())
 			return true;
-		events = sa_wait(link_fd, POLLIN, look_at > now ? look_at - now : 0, &go);
+		arrived = sa_link_wait(look_at > now ? look_at - now : 0, &go);
 		now = sa_now_ms();
 		if (atomic_load(&sa_dirty) && look_at > now + MS_SETTLE)
 			look_at = now + MS_SETTLE;
-		if (go && events && (!receive_some() || !take_frames()))
+		if (go && arrived && !sa_link_take(on_message))
 			return true;
 	}
 	return false;
@@ -632,29 +521,9 @@ static void hang_up(void)
 			file_put_back(&files[i]);
 		files[i].told = false;
 	}
-	sa_close_fd(&link_fd); /* not before: an agent that is there takes it for our having let go */
+	sa_link_close(); /* not before: an agent that is there takes it for our having let go */
 	for (size_t i = 0; i < MAX_SEGMENTS; i++)
 		segment_drop(&segments[i]);
-	while (nfds)
-		sa_close_fd(&fds[--nfds]);
-	frame_length = 0;
-	(void)sa_call3(__NR_madvise, (long)sa_page_end((uintptr_t)frame_bytes, 0),
-	               (long)(sizeof frame_bytes - 2 * PAGE), MADV_DONTNEED);
-}
-
-static bool connect_agent(void)
-{
-	struct sockaddr_un address = {.sun_family = AF_UNIX};
-
-	memcpy(address.sun_path, socket_path, sizeof address.sun_path);
-	link_fd = (int)sa_call3(__NR_socket, AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (link_fd < 0)
-		return false;
-	if (sa_call3(__NR_connect, link_fd, sa_at(&address), sizeof address) < 0) {
-		sa_close_fd(&link_fd);
-		return false;
-	}
-	return true;
 }
 
 static void thread_main(void)
@@ -667,7 +536,6 @@ static void thread_main(void)
 		return;                               /* Linux 5.9 */
 	(void)sa_call3(__NR_chdir, sa_at("/"), 0, 0); /* not to hold a folder; if it cannot, it does */
 	(void)sa_call3(__NR_prctl, PR_SET_NAME, sa_at("sharearea"), 0);
-	link_fd = -1;
 	if (!sa_wait_begin())
 		return;
 	max_pieces = sa_first_number("/proc/sys/vm/max_map_count") / 4;
@@ -676,7 +544,7 @@ static void thread_main(void)
 	for (go = sa_pause_ms(MS_START); go; go = go && sa_pause_ms(pause)) {
 		const int64_t begun = sa_now_ms();
 
-		if (connect_agent()) {
+		if (sa_link_connect()) {
 			go = serve();
 			hang_up();
 		}
@@ -696,7 +564,7 @@ static void start_thread(void)
 	sa_regions_forget_files();
 	memset(files, 0, sizeof files);
 	sa_look_forget();
-	nfds = frame_length = 0;
+	sa_link_forget();
 	if (!sa_children_begin())
 		return;
 	atomic_store(&sa_dirty, true);
@@ -710,9 +578,8 @@ void sa_shim_start(const char *socket, bool whole)
 {
 	struct rlimit limit;
 
-	if (strlen(socket) >= sizeof socket_path)
+	if (!sa_link_aim(socket))
 		return;
-	memcpy(socket_path, socket, strlen(socket));
 	if (sa_call(__NR_prlimit64, 0, RLIMIT_AS, 0, sa_at(&limit), 0, 0) < 0 || limit.rlim_cur != RLIM_INFINITY)
 		return;
 	if (!sa_is_unfiltered())

@@ -5,6 +5,7 @@
  *   shim_sync.c     the lock; the thread, made, woken and waited for; forked children
  *   shim_regions.c  the table of mappings, swaps and the way back, what the program says
  *   shim_look.c     what is mapped, by /proc, and which of it becomes a region
+ *   shim_link.c     the connection to the agent
  *   shim.c          all the rest
  *
  * The thread is made by clone directly and shares the program's thread-local storage with the thread that made it. So
@@ -14,6 +15,7 @@
 #ifndef SA_SHIM_PARTS_H
 #define SA_SHIM_PARTS_H
 
+#include "frame.h"
 #include "sa.h"
 #include "shim.h"
 
@@ -204,6 +206,28 @@ void sa_look_begin(bool whole);
 void sa_look(void);
 /* What was seen so far counts no more: another thread begins. */
 void sa_look_forget(void);
+
+/* ---------------------------------------------------------------------------------------------------- shim_link.c */
+
+/* All but the first two are for the thread. */
+
+/* Where the agent's socket is. Once; false: the path is too long. */
+bool sa_link_aim(const char *socket);
+/* There is no connection: another thread begins. */
+void sa_link_forget(void);
+
+/* False: there is no agent, or it takes nobody now. */
+bool sa_link_connect(void);
+/* The connection, descriptors that came with it and are nobody's yet, and what it needed of memory. */
+void sa_link_close(void);
+
+/* Send a message, with a descriptor or -1. False: the connection is of no use any more. */
+bool sa_link_send(uint32_t type, const uint64_t *fields, size_t n, int fd);
+/* As sa_wait: whether there is something to take, also an end. */
+bool sa_link_wait(int64_t ms, bool *ret_go);
+/* Receive, and hand over each whole message, with its descriptor or -1, which goes with it, until it says false. False:
+ * the connection is of no use any more. */
+bool sa_link_take(bool (*take)(const struct sa_frame *frame, int fd));
 
 #pragma GCC visibility pop
 
