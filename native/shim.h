@@ -1,8 +1,9 @@
 /*
  * shim.h - shared pages under the file mappings of a program that does not know of them. docs/preload.md is the design.
  *
- * shim.c keeps the table of mappings and has the thread that talks to the agent. preload.c, which has the functions
- * that are put in front of libc's, calls what is declared here. No function sets errno, allocates, or prints.
+ * The shim keeps a table of mappings and has a thread that talks to the agent; shim_parts.h says which file does what.
+ * preload.c, which has the functions that are put in front of libc's, and library.c call what is declared here. No
+ * function sets errno, allocates, or prints.
  */
 #ifndef SA_SHIM_H
 #define SA_SHIM_H

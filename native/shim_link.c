@@ -1,7 +1,7 @@
 /*
  * shim_link.c - the thread's connection to the agent: frames out, frames in, descriptors beside them.
  *
- * All of it is the thread's alone. What frames are made of is frame.c's, what messages mean shim_swap.c's.
+ * All of it is the thread's alone. What frames are made of is frame.c's, what messages mean is shim_swap.c's.
  */
 #include "shim_parts.h"
 

@@ -7,7 +7,6 @@
  */
 #include "shim_parts.h"
 
-#include <fcntl.h>
 #include <limits.h>
 #include <link.h>
 #include <string.h>
@@ -28,7 +27,7 @@ static bool whole_program; /* not only what it says that it has mapped */
 static char line_buffer[PATH_MAX + 256];
 static char read_buffer[16384];
 
-/* -------------------------------------------------------------------------------------------------- reading /proc */
+/* ----------------------------------------------------------------------------------------------- reading /proc */
 
 bool sa_is_unfiltered(void)
 {
@@ -144,7 +143,7 @@ void sa_maps_walk(bool (*visit)(const struct line *line))
 	sa_close_fd(&fd);
 }
 
-/* ------------------------------------------------------------------------------------------------- what is learned */
+/* --------------------------------------------------------------------------------------------- what is learned */
 
 static bool learn_at_start(const struct line *line)
 {

@@ -1,16 +1,20 @@
 /*
- * shim_parts.h - what the files of the shim have of each other, lowest first; what they offer to others is shim.h.
+ * shim_parts.h - what the files of the shim have of each other; what they offer to preload.c and library.c is shim.h.
  *
  *   shim_call.c     what is made of system calls alone: time, sleep, files
  *   shim_sync.c     the lock; the thread, made, woken and waited for; forked children
  *   shim_regions.c  the table of mappings, swaps and the way back, what the program says
  *   shim_look.c     what is mapped, by /proc, and which of it becomes a region
  *   shim_link.c     the connection to the agent
- *   shim.c          all the rest
+ *   shim_files.c    the files of regions, as the agent is told of them, and their leases
+ *   shim_swap.c     segments, and shared pages under regions, as the agent asks
+ *   shim.c          the thread's life; start, stop, fork
+ *
+ * Each calls what stands above it, and nothing below.
  *
  * The thread is made by clone directly and shares the program's thread-local storage with the thread that made it. So
- * nothing in these files may touch errno, allocate, or call a function of libc that does: system calls go through sa_call,
- * memory is static.
+ * nothing in these files may touch errno, allocate, or call a function of libc that does: system calls go through
+ * sa_call, memory is static.
  */
 #ifndef SA_SHIM_PARTS_H
 #define SA_SHIM_PARTS_H
@@ -30,7 +34,7 @@ enum {
 	MS_PATIENCE = 1000 /* for the thread's end, for room in the socket */
 };
 
-/* ---------------------------------------------------------------------------------------------------- shim_call.c */
+/* ------------------------------------------------------------------------------------------------- shim_call.c */
 
 static inline long sa_call3(long number, long a, long b, long c)
 {
@@ -63,7 +67,7 @@ bool sa_read_all(int fd, uint8_t *into, size_t length, uint64_t offset, bool pad
 /* The number that a file of /proc begins with; 0 if it cannot be read. */
 uint64_t sa_first_number(const char *path);
 
-/* ---------------------------------------------------------------------------------------------------- shim_sync.c */
+/* ------------------------------------------------------------------------------------------------- shim_sync.c */
 
 /* The lock, for the thread, whose signals are blocked anyway; for the program's it is sa_shim_lock. */
 void sa_lock(void);
@@ -73,7 +77,7 @@ void sa_unlock(void);
 void sa_signals_block(uint64_t *ret);
 void sa_signals_restore(const uint64_t *signals);
 
-/* What the program's threads tell the thread. */
+/* What is said to the thread, mostly by the program's. */
 extern _Atomic bool sa_stopping; /* it is to end */
 extern _Atomic bool sa_dirty;    /* something was mapped since the last look */
 extern _Atomic bool sa_emptied;  /* regions went away: a file may have none left */
@@ -90,7 +94,7 @@ void sa_thread_await_end(int64_t end);
 /* In a forked child: it has none. */
 void sa_thread_none(void);
 
-/* What the thread does all three with. Once, before the others; false: it cannot be. */
+/* The thread's waits. begin comes first, once in each thread; false: there can be none. */
 bool sa_wait_begin(void);
 /* Wait for a descriptor (-1: none) or a wake-up, ms at the most. Returns what poll says of the descriptor; false in
  * *ret_go: the thread is to end. */
@@ -106,7 +110,7 @@ void sa_children_fork(bool shared);
 void sa_children_done(void);
 void sa_children_wait(void);
 
-/* -------------------------------------------------------------------------------------------------- shim_regions.c */
+/* ---------------------------------------------------------------------------------------------- shim_regions.c */
 
 enum origin { ORIGIN_START, ORIGIN_PROGRAM, ORIGIN_LATE };
 
@@ -170,7 +174,8 @@ struct region *sa_region_to_swap(int16_t file, const struct region *after);
 uint64_t sa_regions_pieces(void);
 
 /* Set the file's own mapping aside; -errno: nothing has changed. What is seen is the file's, until sa_region_share puts
- * pages of a segment there, from a page of the file on. put_back ends both; 0 also if there is nothing to put back. */
+ * pages of a segment there, from a page of the file on. put_back ends both: 0, also if there is nothing to put back, or
+ * -errno, and what is shared stays so. */
 int sa_region_set_aside(struct region *region);
 int sa_region_share(struct region *region, uint64_t page, uint64_t count, int fd, uint64_t offset);
 int sa_region_put_back(struct region *region);
@@ -185,7 +190,7 @@ bool sa_regions_are_closing(void);
 /* In a forked child: everything back, no dlclose under way. */
 void sa_regions_after_fork(void);
 
-/* ---------------------------------------------------------------------------------------------------- shim_look.c */
+/* ------------------------------------------------------------------------------------------------- shim_look.c */
 
 struct line {
 	struct region region; /* file is NO_FILE, origin not said */
@@ -207,7 +212,7 @@ void sa_look(void);
 /* What was seen so far counts no more: another thread begins. */
 void sa_look_forget(void);
 
-/* ---------------------------------------------------------------------------------------------------- shim_link.c */
+/* ------------------------------------------------------------------------------------------------- shim_link.c */
 
 /* All but the first two are for the thread. */
 
@@ -228,6 +233,47 @@ bool sa_link_wait(int64_t ms, bool *ret_go);
 /* Receive, and hand over each whole message, with its descriptor or -1, which goes with it, until it says false. False:
  * the connection is of no use any more. */
 bool sa_link_take(bool (*take)(const struct sa_frame *frame, int fd));
+
+/* ------------------------------------------------------------------------------------------------ shim_files.c */
+
+/* A file that the agent has been told of. The thread's alone. */
+struct file {
+	bool used;
+	bool told;
+	bool grown; /* mapped once more since it was told */
+	int fd;     /* read only */
+	int lease;  /* -1: nothing is shared */
+	uint32_t handle;
+	uint64_t dev, ino;
+};
+
+/* There are none: another thread begins. */
+void sa_files_forget(void);
+
+/* Open the files of regions that have none. */
+void sa_files_open(void);
+/* Tell the agent of files that it does not know, or of which more is mapped since. False: as sa_link_send. */
+bool sa_files_tell(void);
+/* Close the files that no region is of any more, if regions went away. False: as sa_link_send. */
+bool sa_files_drop_unused(void);
+
+/* NULL: there is none, or none any more. */
+struct file *sa_file_by_handle(uint32_t handle);
+/* What its regions have as their file. */
+int16_t sa_file_index(const struct file *file);
+/* The file's own pages everywhere, also in children; then the lease goes. */
+void sa_file_put_back(struct file *file);
+/* The same for all of them, and the agent has to be told of them again. */
+void sa_files_put_back(void);
+
+/* ------------------------------------------------------------------------------------------------- shim_swap.c */
+
+/* Once in each thread, before there is a connection. */
+void sa_swap_begin(void);
+/* The agent's segments, when its connection has ended. */
+void sa_swap_forget(void);
+/* Do what a message asks, and answer it; for sa_link_take. */
+bool sa_swap_answer(const struct sa_frame *frame, int fd);
 
 #pragma GCC visibility pop
 

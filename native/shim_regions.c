@@ -1,9 +1,9 @@
 /*
- * shim_regions.c - the table of mappings: what they are, how the file's own mapping is set aside for shared pages, how it
- * comes back, and what the program says of what it maps and unmaps (shim.h's functions for that).
+ * shim_regions.c - the table of mappings: what they are, how the file's own mapping is set aside for shared pages, how
+ * it comes back, and what the program says of what it maps and unmaps (shim.h's functions for that).
  *
- * All with the lock, which only the two around dlclose take themselves. What is mapped is found out elsewhere, and so is
- * which pages are shared.
+ * All with the lock, which only the two around dlclose take themselves. What is mapped is found out elsewhere, and so
+ * is which pages are shared.
  */
 #include "shim_parts.h"
 
@@ -29,7 +29,7 @@ static unsigned closings; /* calls of dlclose under way */
  * set aside: pages with rights by turns, each a mapping. */
 static uint8_t *reserve;
 
-/* -------------------------------------------------------------------------------------------------- the table */
+/* --------------------------------------------------------------------------------------------------- the table */
 
 /* Index of the first region that ends behind an address. */
 static size_t first_behind(uintptr_t address)
@@ -131,7 +131,7 @@ void sa_regions_verify(const struct region *is)
 	}
 }
 
-/* ---------------------------------------------------------------------------- the swap, and the file's pages back */
+/* ------------------------------------------------------------------------- the swap, and the file's pages back */
 
 static bool reserve_take(void)
 {
@@ -273,7 +273,7 @@ bool sa_regions_are_shared(void)
 	return false;
 }
 
-/* ------------------------------------------------------------------------------------------ what the program says */
+/* --------------------------------------------------------------------------------------- what the program says */
 
 /* Something was mapped, or can be shared again. */
 static void tell_thread(void)
@@ -414,7 +414,7 @@ void sa_shim_mapped(uintptr_t start, size_t length)
 		note(start, sa_page_end(start, length) - start);
 }
 
-/* ------------------------------------------------------------------------------------------------ dlclose, fork */
+/* ----------------------------------------------------------------------------------------------- dlclose, fork */
 
 void sa_shim_before_close(void)
 {

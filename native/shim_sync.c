@@ -1,6 +1,6 @@
 /*
- * shim_sync.c - how the program's threads, the shim's own thread and forked children wait for one another: the lock, the
- * thread, made, woken and waited for, and the page in which children say that they are done.
+ * shim_sync.c - how the program's threads, the shim's own thread and forked children wait for one another: the lock,
+ * the thread, made, woken and waited for, and the page in which children say that they are done.
  *
  * What is kept under the lock is shim_regions.c's, what the thread does shim.c's.
  */
@@ -193,7 +193,7 @@ bool sa_pause_ms(int64_t ms)
 	return go;
 }
 
-/* -------------------------------------------------------------------------------------------------- children */
+/* ---------------------------------------------------------------------------------------------------- children */
 
 bool sa_children_begin(void)
 {
