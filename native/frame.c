@@ -2,7 +2,7 @@
  * frame.c - reads the agent's messages and writes a consumer's: msgpack arrays of numbers, texts and packed columns.
  *
  * Pure: bytes in, values out. Nothing is believed before it was compared with the bytes that are there. The formats are
- * consumer_wire.py's; what messages mean is shim.c's.
+ * consumer_wire.py's; what messages mean is shim_swap.c's.
  */
 #include "frame.h"
 

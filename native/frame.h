@@ -1,5 +1,6 @@
 /*
- * frame.h - the agent's messages to a consumer, for consumers without Python (shim.c). docs/protocol.md has the formats.
+ * frame.h - the agent's messages to a consumer, for consumers without Python (the shim). docs/protocol.md has the
+ * formats.
  */
 #ifndef SA_FRAME_H
 #define SA_FRAME_H

@@ -1,5 +1,5 @@
 /*
- * library.c - sharearea.h over shim.c: the same thread and the same table as in unchanged programs, for mappings that the
+ * library.c - sharearea.h over the shim: the same thread and the same table as in unchanged programs, for mappings that the
  * program asks for. In a program that runs with the shim the latter does it all, and this only maps.
  */
 #include "sharearea.h"

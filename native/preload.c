@@ -1,8 +1,9 @@
 /*
  * preload.c - the functions that libsharearea_preload.so puts in front of libc's, and what starts it in a program.
  *
- * Each does what libc's does, and keeps the table of shim.c right on the way: whatever is going to change a mapping under
- * which there are shared pages finds the file's own pages there. errno is touched only where the call itself fails.
+ * Each does what libc's does, and keeps the table of shim_regions.c right on the way: whatever is going to change a
+ * mapping under which there are shared pages finds the file's own pages there. errno is touched only where the call
+ * itself fails.
  */
 #include "shim.h"
 

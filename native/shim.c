@@ -1,1442 +1,83 @@
 /*
- * shim.c - shared pages under the file mappings of a program that does not know of them: the table of its mappings, the
- * swap and the way back, and the thread that talks to the agent. docs/preload.md is the design.
+ * shim.c - shared pages under the file mappings of a program that does not know of them: what its thread does all the
+ * time, and how that begins, pauses, ends and goes on in forked children. docs/preload.md is the design.
  *
- * The thread is made by clone directly and shares the program's thread-local storage with the thread that made it. So
- * nothing in this file may touch errno, allocate, or call a function of libc that does: system calls go through sa_call,
- * memory is static. What is put in front of libc's functions is preload.c's, formats are frame.c's.
+ * What the thread does it with shim_parts.h lists; what is put in front of libc's functions is preload.c's.
  */
-#include "shim.h"
-
-#include "frame.h"
-#include "sa.h"
+#include "shim_parts.h"
 
 #include <asm/unistd.h>
-#include <errno.h>
-#include <fcntl.h>
 #include <limits.h>
-#include <link.h>
 #include <linux/close_range.h>
-#include <linux/futex.h>
-#include <linux/sched.h>
-#include <poll.h>
-#include <signal.h>
-#include <stdatomic.h>
-#include <string.h>
-#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/sysmacros.h>
-#include <sys/un.h>
-#include <time.h>
 
 enum {
-	PAGE = SA_PAGE_SIZE,
-	MAX_REGIONS = 4096,
-	MAX_FILES = 1024,
-	MAX_SEGMENTS = 1024,
-	MAX_NOTES = 512,
-	MAX_LATE = 1024,
-	MAX_FDS = 256,      /* descriptors that may come ahead of their messages */
-	MAX_CHILDREN = 256, /* forked children that have not put their pages back */
-	MIN_PAGES = 4,      /* smaller mappings are not worth two mappings more */
-	COMPARE_PAGES = 16,
-	WAKE_SIGNAL = 33, /* glibc's own (SIGSETXID), which it sends to its own threads only */
-	STACK_BYTES = 65536,
 	MS_SETTLE = 50, /* from a new mapping to the look at it */
 	MS_START = 300, /* programs that end sooner cost the agent nothing, and themselves next to nothing */
-	MS_LATE = 1000, /* how long a library must have been there */
 	MS_RETRY_FIRST = 200,
 	MS_RETRY_MOST = 5000,
-	MS_LOOK_MOST = 8000, /* longest time between two looks at a program that maps nothing */
-	MS_PATIENCE = 1000,  /* for the thread's end, for room in the socket */
-	MS_CHILDREN = 500,   /* for children that were forked: less than the shortest lease_timeout */
-	SIGNAL_BYTES = 8
+	MS_LOOK_MOST = 8000 /* longest time between two looks at a program that maps nothing */
 };
 
-enum origin { ORIGIN_START, ORIGIN_PROGRAM, ORIGIN_LATE };
-
-/* A mapping of a file, or a part of one that is a mapping of its own. */
-struct region {
-	uintptr_t start;
-	size_t length;
-	uint64_t first; /* page of the file */
-	uint64_t dev, ino;
-	uintptr_t aside; /* the file's own mapping while pages are shared; 0: nothing is */
-	uint32_t pages;  /* that are shared */
-	uint32_t pieces; /* mappings that these are */
-	int16_t file;    /* NO_FILE, LEFT_ALONE */
-	uint8_t protection;
-	uint8_t origin;
-	bool verified; /* is what it was learned as; before a swap, with the lock */
-};
-
-enum { NO_FILE = -1, LEFT_ALONE = -2 };
-
-/* A file that the agent has been told of. The thread's alone. */
-struct file {
-	bool used;
-	bool told;
-	bool grown; /* mapped once more since it was told */
-	int fd;     /* read only */
-	int lease;  /* -1: nothing is shared */
-	uint32_t handle;
-	uint64_t dev, ino;
-};
-
-struct segment {
-	uint32_t number; /* 0: none */
-	int fd;
-	uint64_t pages;
-};
-
-struct range {
-	uintptr_t start;
-	size_t length;
-};
-
-struct late {
-	uintptr_t start;
-	uint64_t ino;
-	int64_t since;
-	bool seen;
-};
-
-/* ---------------------------------------------------------------------------------------------------- state */
-
-/* With the lock. */
-static struct region regions[MAX_REGIONS];
-static size_t nregions;
-static struct range notes[MAX_NOTES]; /* what the program has mapped; length 0: nothing */
-static size_t next_note;
-static size_t pieces_used;
-static unsigned closings; /* calls of dlclose under way */
-static unsigned stops;    /* sa_shim_resume is to come so often */
-static uint8_t *reserve;
-static bool retired;       /* for good */
-static bool whole_program; /* not only what it says that it has mapped */
-
-static _Atomic uint32_t lock_word; /* 0 free, 1 taken, 2 taken and waited for */
 static _Atomic bool watching;
-static _Atomic uint32_t thread_tid; /* cleared by the kernel when the thread is gone */
-static _Atomic bool stopping;
-static _Atomic bool dirty;                   /* something was mapped since the last look */
-static _Atomic bool emptied;                 /* regions went away: a file may have none left */
-static int32_t process;                      /* whose thread it is */
-static _Atomic(_Atomic uint32_t *) children; /* a page that children share: numbers of forks that are not done */
-static uint32_t forks;
+/* With the lock. */
+static unsigned stops; /* sa_shim_resume is to come so often */
+static bool retired;   /* for good */
 static struct sa_held fork_held;
-static uint32_t fork_number;
-
-/* The thread's alone. */
-static char socket_path[sizeof((struct sockaddr_un *)NULL)->sun_path];
-static struct file files[MAX_FILES];
-static struct segment segments[MAX_SEGMENTS];
-static uint32_t next_handle;
-static int link_fd, signal_fd;
-static int fds[MAX_FDS];
-static size_t nfds;
-static uint8_t frame_bytes[SA_FRAME_HEADER + SA_FRAME_MOST];
-static size_t frame_length;
-static struct late late[MAX_LATE];
-static char line_buffer[PATH_MAX + 256];
-static char read_buffer[16384];
-static uint8_t file_pages[COMPARE_PAGES * PAGE];
-static uint8_t slot_pages[COMPARE_PAGES * PAGE];
-static uint64_t page_flags[512];
-static uint64_t max_pieces;
-static uint8_t stack[STACK_BYTES] __attribute__((aligned(64)));
-
-static const uint64_t all_signals = ~0ULL;
-
-/* ---------------------------------------------------------------------------------------------------- calls */
-
-long sa_call(long number, long a, long b, long c, long d, long e, long f)
-{
-	register long r10 __asm__("r10") = d;
-	register long r8 __asm__("r8") = e;
-	register long r9 __asm__("r9") = f;
-	long result;
-
-	__asm__ volatile("syscall"
-	                 : "=a"(result)
-	                 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
-	                 : "rcx", "r11", "memory");
-	return result;
-}
-
-static long call3(long number, long a, long b, long c)
-{
-	return sa_call(number, a, b, c, 0, 0, 0);
-}
-
-static long at(const void *pointer)
-{
-	return (long)(uintptr_t)pointer;
-}
-
-/* A thread of this process that shares the address space and nothing else that it can do without. Descriptors are
- * shared for its first moment only: copying them would keep them open until it has closed its copies. */
-static long make_thread(void (*run)(void))
-{
-	const unsigned long flags = CLONE_VM | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM | CLONE_FILES |
-	                            CLONE_UNTRACED | CLONE_PARENT_SETTID | CLONE_CHILD_CLEARTID;
-	uint8_t *top = stack + sizeof stack - 64;
-	register long r10 __asm__("r10") = at(&thread_tid);
-	register long r8 __asm__("r8") = 0;
-	long result;
-
-	memcpy(top, &run, sizeof run);
-	__asm__ volatile("syscall\n\t"
-	                 "test %%rax, %%rax\n\t"
-	                 "jnz 1f\n\t"
-	                 "xor %%ebp, %%ebp\n\t"
-	                 "call *(%%rsp)\n\t"
-	                 "mov %[exit], %%eax\n\t"
-	                 "xor %%edi, %%edi\n\t"
-	                 "syscall\n\t"
-	                 "hlt\n"
-	                 "1:"
-	                 : "=a"(result)
-	                 : "a"((long)__NR_clone), "D"(flags), "S"(top), "d"(&thread_tid), "r"(r10),
-	                   "r"(r8), [exit] "i"(__NR_exit)
-	                 : "rcx", "r11", "memory");
-	return result;
-}
-
-static int64_t now_ms(void)
-{
-	struct timespec time = {0, 0};
-
-	(void)call3(__NR_clock_gettime, CLOCK_MONOTONIC, at(&time), 0); /* cannot fail */
-	return time.tv_sec * 1000 + time.tv_nsec / 1000000;
-}
-
-/* Sleep while *word is value, ms at the most. Whoever else wakes it must look again. */
-static void futex_wait(const _Atomic uint32_t *word, uint32_t value, int private, int64_t ms)
-{
-	const struct timespec time = {ms / 1000, ms % 1000 * 1000000};
-
-	(void)sa_call(__NR_futex, (long)(uintptr_t)word, FUTEX_WAIT | private, (long)value, ms < 0 ? 0 : at(&time), 0,
-	              0);
-}
-
-static void close_fd(int *fd)
-{
-	if (*fd >= 0)
-		(void)call3(__NR_close, *fd, 0, 0); /* closed whatever it returns (Linux) */
-	*fd = -1;
-}
-
-/* ---------------------------------------------------------------------------------------------------- lock */
-
-static void lock(void)
-{
-	uint32_t free = 0;
-
-	if (atomic_compare_exchange_strong(&lock_word, &free, 1))
-		return;
-	while (atomic_exchange(&lock_word, 2) != 0)
-		futex_wait(&lock_word, 2, FUTEX_PRIVATE_FLAG, -1);
-}
-
-static void unlock(void)
-{
-	if (atomic_exchange(&lock_word, 0) == 2)
-		(void)call3(__NR_futex, at(&lock_word), FUTEX_WAKE | FUTEX_PRIVATE_FLAG, 1);
-}
-
-static void block_signals(uint64_t *ret)
-{
-	(void)sa_call(__NR_rt_sigprocmask, SIG_SETMASK, at(&all_signals), at(ret), SIGNAL_BYTES, 0, 0);
-}
-
-static void unblock_signals(const uint64_t *signals)
-{
-	(void)sa_call(__NR_rt_sigprocmask, SIG_SETMASK, at(signals), 0, SIGNAL_BYTES, 0, 0);
-}
-
-void sa_shim_lock(struct sa_held *ret)
-{
-	block_signals(&ret->signals);
-	lock();
-}
-
-void sa_shim_unlock(const struct sa_held *held)
-{
-	unlock();
-	unblock_signals(&held->signals);
-}
 
 bool sa_shim_watches(void)
 {
 	return atomic_load_explicit(&watching, memory_order_relaxed);
 }
 
-static void wake_thread(void)
-{
-	const uint32_t tid = atomic_load(&thread_tid);
-
-	if (tid != 0)
-		(void)call3(__NR_tgkill, process, (long)tid, WAKE_SIGNAL); /* gone already: nobody to wake */
-}
-
-/* --------------------------------------------------------------------------------------------------- regions */
-
-static uintptr_t end_of(const struct region *region)
-{
-	return region->start + region->length;
-}
-
-/* Index of the first region that ends behind an address. */
-static size_t first_behind(uintptr_t address)
-{
-	size_t low = 0;
-	size_t high = nregions;
-
-	while (low < high) {
-		const size_t middle = low + (high - low) / 2;
-
-		if (end_of(&regions[middle]) <= address)
-			low = middle + 1;
-		else
-			high = middle;
-	}
-	return low;
-}
-
-static void region_add(const struct region *region)
-{
-	const size_t index = first_behind(region->start);
-
-	if (nregions == MAX_REGIONS || (index < nregions && regions[index].start < end_of(region)))
-		return;
-	memmove(&regions[index + 1], &regions[index], (nregions - index) * sizeof regions[0]);
-	regions[index] = *region;
-	nregions++;
-}
-
-static void region_remove(size_t index)
-{
-	nregions--;
-	memmove(&regions[index], &regions[index + 1], (nregions - index) * sizeof regions[0]);
-	atomic_store(&emptied, true);
-}
-
-/* mremap is refused in a process that is near vm.max_map_count, also where it would leave fewer mappings. So a few are
- * set aside: pages with rights by turns, each a mapping. */
-enum { RESERVE_PAGES = 13 };
-
-static bool reserve_take(void)
-{
-	long pages;
-
-	if (reserve)
-		return true;
-	pages = sa_call(__NR_mmap, 0, RESERVE_PAGES * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
-	                0);
-	if (pages < 0)
-		return false;
-	for (long i = 1; i < RESERVE_PAGES; i += 2) {
-		if (call3(__NR_mprotect, pages + i * PAGE, PAGE, PROT_READ) < 0) {
-			(void)call3(__NR_munmap, pages, RESERVE_PAGES * PAGE, 0); /* ours alone */
-			return false;
-		}
-	}
-	reserve = (uint8_t *)(uintptr_t)pages;
-	return true;
-}
-
-static void reserve_give(void)
-{
-	if (reserve)
-		(void)call3(__NR_munmap, at(reserve), RESERVE_PAGES * PAGE, 0); /* ours alone */
-	reserve = NULL;
-}
-
-static long move_back(const struct region *region)
-{
-	return sa_call(__NR_mremap, (long)region->aside, (long)region->length, (long)region->length,
-	               MREMAP_MAYMOVE | MREMAP_FIXED, (long)region->start, 0);
-}
-
-static int region_put_back(struct region *region)
-{
-	long result;
-
-	if (region->aside == 0)
-		return 0;
-	result = move_back(region);
-	if (result == -ENOMEM && reserve) {
-		reserve_give();
-		result = move_back(region);
-		(void)reserve_take(); /* if there is no room now, the next swap asks again */
-	}
-	if (result < 0)
-		return (int)result;
-	pieces_used -= region->pieces;
-	region->aside = 0;
-	region->pages = region->pieces = 0;
-	return 0;
-}
-
-static int put_back_all(void)
-{
-	int error = 0;
-
-	for (size_t i = 0; i < nregions; i++) {
-		const int one = region_put_back(&regions[i]);
-
-		error = one ? one : error;
-	}
-	return error;
-}
-
-static void note(uintptr_t start, size_t length)
-{
-	notes[next_note] = (struct range){start, length};
-	next_note = (next_note + 1) % MAX_NOTES;
-	if (!atomic_exchange(&dirty, true))
-		wake_thread();
-}
-
-/* A library that came by dlopen is found as one. */
-static void note_again(const struct region *region)
-{
-	if (region->origin != ORIGIN_LATE)
-		note(region->start, region->length);
-	else if (!atomic_exchange(&dirty, true))
-		wake_thread();
-}
-
-static void notes_forget(uintptr_t start, uintptr_t end)
-{
-	for (size_t i = 0; i < MAX_NOTES; i++) {
-		const struct range old = notes[i];
-
-		if (old.length == 0 || old.start >= end || old.start + old.length <= start)
-			continue;
-		notes[i].length = start > old.start ? start - old.start : 0;
-		if (old.start + old.length > end)
-			note(end, old.start + old.length - end);
-	}
-}
-
-static uintptr_t page_down(uintptr_t address)
-{
-	return address & ~(uintptr_t)(PAGE - 1);
-}
-
-static uintptr_t page_end(uintptr_t start, size_t length)
-{
-	return length > UINTPTR_MAX - PAGE - start ? UINTPTR_MAX & ~(uintptr_t)(PAGE - 1)
-	                                           : page_down(start + length + PAGE - 1);
-}
-
-int sa_shim_put_back(uintptr_t start, size_t length, bool again)
-{
-	const uintptr_t end = page_end(start, length);
-
-	for (size_t i = first_behind(page_down(start)); i < nregions && regions[i].start < end;) {
-		const struct region region = regions[i];
-		const int error = region_put_back(&regions[i]);
-
-		if (error)
-			return error;
-		region_remove(i);
-		if (again)
-			note_again(&region);
-	}
-	if (!again)
-		notes_forget(page_down(start), end);
-	return 0;
-}
-
-int sa_shim_put_back_edges(uintptr_t start, size_t length)
-{
-	const uintptr_t from = page_down(start);
-	const uintptr_t end = page_end(start, length);
-
-	for (size_t i = first_behind(from); i < nregions && regions[i].start < end;) {
-		const struct region region = regions[i];
-		int error;
-
-		if (region.start >= from && end_of(&region) <= end) {
-			i++;
-			continue;
-		}
-		error = region_put_back(&regions[i]);
-		if (error)
-			return error;
-		region_remove(i);
-		note_again(&region);
-	}
-	return 0;
-}
-
-void sa_shim_gone(uintptr_t start, size_t length)
-{
-	const uintptr_t from = page_down(start);
-	const uintptr_t end = page_end(start, length);
-	bool shared = false;
-
-	for (size_t i = first_behind(from); i < nregions && regions[i].start < end;) {
-		const struct region region = regions[i];
-
-		if (region.aside) {
-			/* Ours alone, and whole. */
-			(void)call3(__NR_munmap, (long)region.aside, (long)region.length, 0);
-			pieces_used -= region.pieces;
-			shared = true;
-		}
-		region_remove(i);
-	}
-	notes_forget(from, end);
-	if (shared)
-		wake_thread(); /* the lease of a file that is mapped no more */
-}
-
-bool sa_shim_knows(uintptr_t start, size_t length)
-{
-	const uintptr_t from = page_down(start);
-	const uintptr_t end = page_end(start, length);
-	const size_t index = first_behind(from);
-
-	if (index < nregions && regions[index].start < end)
-		return true;
-	for (size_t i = 0; i < MAX_NOTES; i++) {
-		if (notes[i].length && notes[i].start < end && notes[i].start + notes[i].length > from)
-			return true;
-	}
-	return false;
-}
-
-size_t sa_shim_shared(uintptr_t start, size_t length)
-{
-	size_t pages = 0;
-
-	for (size_t i = first_behind(start); i < nregions && regions[i].start < start + length; i++)
-		pages += regions[i].pages;
-	return pages * PAGE;
-}
-
-void sa_shim_mapped(uintptr_t start, size_t length)
-{
-	if (length >= (size_t)MIN_PAGES * PAGE)
-		note(start, page_end(start, length) - start);
-}
-
-/* -------------------------------------------------------------------------------------------- reading /proc */
-
-static long read_some(int fd, void *into, size_t length)
-{
-	long n;
-
-	do {
-		n = call3(__NR_read, fd, at(into), (long)length);
-	} while (n == -EINTR);
-	return n;
-}
-
-static int open_read(const char *path)
-{
-	return (int)sa_call(__NR_openat, AT_FDCWD, at(path), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY, 0, 0, 0);
-}
-
-/* Whether /proc/self/status says that no seccomp filter is in force. */
-static bool unfiltered(void)
-{
-	static const char want[] = "\nSeccomp:\t0\n";
-	int fd = open_read("/proc/self/status");
-	size_t n = 0;
-	long got;
-
-	if (fd < 0)
-		return false;
-	while (n < sizeof read_buffer && (got = read_some(fd, read_buffer + n, sizeof read_buffer - n)) > 0)
-		n += (size_t)got;
-	close_fd(&fd);
-	for (size_t i = 0; i + sizeof want - 1 <= n; i++) {
-		if (memcmp(read_buffer + i, want, sizeof want - 1) == 0)
-			return true;
-	}
-	return false;
-}
-
-struct line {
-	struct region region; /* file is NO_FILE, origin not said */
-	bool executable;
-	const char *path;
-};
-
-static const char *take_hex(const char *text, uint64_t *ret)
-{
-	*ret = 0;
-	for (;; text++) {
-		const char c = *text;
-
-		if (c >= '0' && c <= '9')
-			*ret = *ret << 4 | (uint64_t)(c - '0');
-		else if (c >= 'a' && c <= 'f')
-			*ret = *ret << 4 | (uint64_t)(c - 'a' + 10);
-		else
-			return text;
-	}
-}
-
-static bool ends_with(const char *text, const char *end)
-{
-	const size_t n = strlen(text);
-	const size_t m = strlen(end);
-
-	return n >= m && memcmp(text + n - m, end, m) == 0;
-}
-
-/* A line of /proc/self/maps, if it is a mapping of a file that nobody can write through. Whether it is private or not makes
- * no difference then: a lease on the file is had only while nobody has it open for writing. */
-static bool parse_line(const char *text, struct line *ret)
-{
-	uint64_t start, end, offset, major, minor, ino = 0;
-	const char *rights;
-
-	text = take_hex(text, &start);
-	text = take_hex(text + (*text == '-'), &end);
-	if (*text != ' ' || end <= start)
-		return false;
-	rights = text + 1;
-	if (rights[0] != 'r' || rights[1] != '-' || (rights[2] != '-' && rights[2] != 'x') ||
-	    (rights[3] != 'p' && rights[3] != 's'))
-		return false;
-	text = take_hex(rights + 5, &offset);
-	text = take_hex(text + (*text == ' '), &major);
-	text = take_hex(text + (*text == ':'), &minor);
-	for (text += *text == ' '; *text >= '0' && *text <= '9'; text++)
-		ino = ino * 10 + (uint64_t)(*text - '0');
-	while (*text == ' ')
-		text++;
-	if (ino == 0 || *text != '/' || offset % PAGE != 0 || end - start < MIN_PAGES * PAGE)
-		return false;
-	if (ends_with(text, " (deleted)") || ends_with(text, "/libsharearea_preload.so") || strstr(text, "/gconv/"))
-		return false;
-	*ret = (struct line){
-		.region = {.start = start,
-	                   .length = end - start,
-	                   .first = offset / PAGE,
-	                   .dev = makedev((unsigned)major, (unsigned)minor),
-	                   .ino = ino,
-	                   .file = NO_FILE,
-	                   .protection = rights[2] == 'x' ? PROT_READ | PROT_EXEC : PROT_READ},
-		.executable = rights[2] == 'x',
-		.path = text,
-	};
-	return true;
-}
-
-/* Hand the lines of /proc/self/maps that parse_line takes to a function, until it says false. */
-static void walk_maps(bool (*visit)(const struct line *line))
-{
-	int fd = open_read("/proc/self/maps");
-	size_t length = 0;
-	bool whole = true;
-	long got;
-
-	if (fd < 0)
-		return;
-	while ((got = read_some(fd, read_buffer, sizeof read_buffer)) > 0) {
-		for (long i = 0; i < got; i++) {
-			struct line line;
-
-			if (read_buffer[i] != '\n') {
-				if (length < sizeof line_buffer - 1)
-					line_buffer[length++] = read_buffer[i];
-				else
-					whole = false;
-				continue;
-			}
-			line_buffer[length] = 0;
-			length = 0;
-			if (whole && parse_line(line_buffer, &line) && !visit(&line)) {
-				close_fd(&fd);
-				return;
-			}
-			whole = true;
-		}
-	}
-	close_fd(&fd);
-}
-
-static bool learn_at_start(const struct line *line)
-{
-	struct region region = line->region;
-
-	region.origin = ORIGIN_START;
-	region_add(&region);
-	return true;
-}
-
-/* ------------------------------------------------------------------------------- the thread: finding mappings */
-
-static bool linker_rests(void)
-{
-	return *(volatile int *)&_r_debug.r_state == RT_CONSISTENT;
-}
-
-static bool is_noted(const struct region *region)
-{
-	for (size_t i = 0; i < MAX_NOTES; i++) {
-		if (notes[i].length && notes[i].start <= region->start &&
-		    notes[i].start + notes[i].length >= end_of(region))
-			return true;
-	}
-	return false;
-}
-
-/* Whether it is a region, or lies where one has its aside. */
-static bool is_known(const struct region *region)
-{
-	const size_t index = first_behind(region->start);
-
-	if (index < nregions && regions[index].start < end_of(region))
-		return true;
-	for (size_t i = 0; i < nregions; i++) {
-		if (regions[i].aside && regions[i].aside < end_of(region) &&
-		    regions[i].aside + regions[i].length > region->start)
-			return true;
-	}
-	return false;
-}
-
-/* A library is several mappings of one file after the other, one of them executable. Remembered: the file of the line
- * before, and where its mappings begin in `late`. */
-static uint64_t run_ino;
-static uintptr_t run_end;
-static bool run_executable;
-static struct region run[8];
-static size_t run_length;
-static int64_t look_time;
-
-/* The mappings of a library that was dlopened: shared when seen for long enough. */
-static void end_run(void)
-{
-	for (size_t i = 0; run_executable && i < run_length; i++) {
-		struct late *free = NULL;
-		struct late *found = NULL;
-
-		for (size_t k = 0; k < MAX_LATE && !found; k++) {
-			if (late[k].since && late[k].start == run[i].start && late[k].ino == run[i].ino)
-				found = &late[k];
-			else if (late[k].since == 0)
-				free = &late[k];
-		}
-		if (!found && free) {
-			*free = (struct late){
-				.start = run[i].start, .ino = run[i].ino, .since = look_time, .seen = true};
-		} else if (found) {
-			found->seen = true;
-			if (look_time - found->since >= MS_LATE && closings == 0 && linker_rests()) {
-				run[i].origin = ORIGIN_LATE;
-				region_add(&run[i]);
-			}
-		}
-	}
-	run_length = 0;
-	run_executable = false;
-}
-
-static bool learn_later(const struct line *line)
-{
-	struct region region = line->region;
-
-	if (run_length && (run_ino != region.ino || run_end != region.start))
-		end_run();
-	if (is_known(&region))
-		return true;
-	if (is_noted(&region)) {
-		region.origin = ORIGIN_PROGRAM;
-		region_add(&region);
-		return true;
-	}
-	if (!whole_program)
-		return true;
-	run_ino = region.ino;
-	run_end = end_of(&region);
-	run_executable = run_executable || line->executable;
-	if (run_length < sizeof run / sizeof run[0])
-		run[run_length++] = region;
-	return true;
-}
-
-static struct file *file_of(uint64_t dev, uint64_t ino)
-{
-	for (size_t i = 0; i < MAX_FILES; i++) {
-		if (files[i].used && files[i].dev == dev && files[i].ino == ino)
-			return &files[i];
-	}
-	return NULL;
-}
-
-static struct file *open_file(const struct line *line)
-{
-	struct stat info;
-	int fd = open_read(line->path);
-
-	if (fd < 0)
-		return NULL;
-	for (size_t i = 0; i < MAX_FILES; i++) {
-		struct file *file = &files[i];
-
-		if (file->used)
-			continue;
-		/* The path may name another file by now. */
-		if (call3(__NR_fstat, fd, at(&info), 0) < 0 || !S_ISREG(info.st_mode) || info.st_size <= 0 ||
-		    info.st_dev != line->region.dev || info.st_ino != line->region.ino)
-			break;
-		*file = (struct file){.used = true, .fd = fd, .lease = -1, .dev = info.st_dev, .ino = info.st_ino};
-		file->handle = ++next_handle;
-		return file;
-	}
-	close_fd(&fd);
-	return NULL;
-}
-
-/* Open the files of regions that have none. Without the lock: a file may be slow to open. */
-static bool open_for_regions(const struct line *line)
-{
-	struct file *file = file_of(line->region.dev, line->region.ino);
-	bool wanted = false;
-	size_t index;
-
-	lock();
-	index = first_behind(line->region.start);
-	wanted = index < nregions && regions[index].start == line->region.start && regions[index].file == NO_FILE &&
-	         regions[index].ino == line->region.ino && regions[index].dev == line->region.dev;
-	unlock();
-	if (!wanted)
-		return true;
-	if (file == NULL)
-		file = open_file(line);
-	lock();
-	index = first_behind(line->region.start);
-	if (index < nregions && regions[index].start == line->region.start && regions[index].ino == line->region.ino &&
-	    regions[index].dev == line->region.dev)
-		regions[index].file = file ? (int16_t)(file - files) : LEFT_ALONE;
-	unlock();
-	if (file)
-		file->grown = true;
-	return !atomic_load(&stopping);
-}
-
-static void look(void)
-{
-	atomic_store(&dirty, false);
-	look_time = now_ms();
-	for (size_t i = 0; i < MAX_LATE; i++)
-		late[i].seen = false;
-	lock();
-	walk_maps(learn_later);
-	end_run();
-	unlock();
-	for (size_t i = 0; i < MAX_LATE; i++) {
-		if (!late[i].seen)
-			late[i].since = 0;
-	}
-	walk_maps(open_for_regions);
-}
-
-/* ------------------------------------------------------------------------------------ the thread: the connection */
-
-/* Wait for the socket (-1: none) or a wake-up, ms at the most. Returns what poll says of the socket; false in *ret_go:
- * the thread is to end. */
-static int wait_for(int fd, short events, int64_t ms, bool *ret_go)
-{
-	struct pollfd polled[2] = {{.fd = signal_fd, .events = POLLIN}, {.fd = fd, .events = events}};
-	struct timespec time = {ms / 1000, ms % 1000 * 1000000}; /* the kernel writes to it */
-	uint8_t info[128];                                       /* a signalfd_siginfo */
-
-	polled[1].revents = 0;
-	if (!atomic_load(&stopping))
-		(void)sa_call(__NR_ppoll, at(polled), 2, at(&time), 0, 0, 0);
-	while (polled[0].revents & POLLIN && call3(__NR_read, signal_fd, at(info), sizeof info) > 0)
-		;
-	*ret_go = !atomic_load(&stopping);
-	return polled[1].revents;
-}
-
-/* Sleep that wake-ups do not shorten, but for the thread's end. */
-static bool pause_ms(int64_t ms)
-{
-	const int64_t end = now_ms() + ms;
-	bool go = !atomic_load(&stopping);
-
-	for (int64_t left = ms; go && left > 0; left = end - now_ms())
-		(void)wait_for(-1, 0, left, &go);
-	return go;
-}
-
-/* Send a message, with a descriptor or -1. False: the connection is of no use any more. */
-static bool send_message(uint32_t type, const uint64_t *fields, size_t n, int fd)
-{
-	uint8_t frame[SA_FRAME_SENT];
-	const size_t length = sa_frame_write(type, fields, n, frame);
-	union {
-		struct cmsghdr header;
-		uint8_t bytes[CMSG_SPACE(sizeof(int))];
-	} control = {.bytes = {0}};
-	size_t sent = 0;
-
-	while (sent < length) {
-		struct iovec part = {frame + sent, length - sent};
-		struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
-		long got;
-		bool go;
-
-		if (fd >= 0 && sent == 0) {
-			control.header = (struct cmsghdr){CMSG_LEN(sizeof fd), SOL_SOCKET, SCM_RIGHTS};
-			memcpy(CMSG_DATA(&control.header), &fd, sizeof fd);
-			message.msg_control = &control;
-			message.msg_controllen = sizeof control;
-		}
-		got = call3(__NR_sendmsg, link_fd, at(&message), MSG_NOSIGNAL | MSG_DONTWAIT);
-		if (got > 0)
-			sent += (size_t)got;
-		else if (got == -EAGAIN && !(wait_for(link_fd, POLLOUT, MS_PATIENCE, &go) & POLLOUT))
-			return false;
-		else if (got < 0 && got != -EAGAIN && got != -EINTR)
-			return false;
-	}
-	return true;
-}
-
-/* Wait until children that were forked with shared pages have put them back. */
-static void wait_for_children(void)
-{
-	_Atomic uint32_t *numbers = atomic_load(&children);
-	const int64_t end = now_ms() + MS_CHILDREN;
-
-	for (size_t i = 0; numbers && i < MAX_CHILDREN; i++) {
-		uint32_t number = atomic_load(&numbers[i]);
-		int64_t left = end - now_ms();
-
-		while (number && atomic_load(&numbers[i]) == number && left > 0) {
-			futex_wait(&numbers[i], number, 0, left);
-			left = end - now_ms();
-		}
-		/* It was killed before it could, or there was none: fork failed. */
-		if (number)
-			(void)atomic_compare_exchange_strong(&numbers[i], &number, 0);
-	}
-}
-
-/* The file's own pages everywhere, also in children; then the lease may go. The kernel always has room for it unless
- * the program is at its limit of mappings and takes what the reserve gives back: then it is tried again. */
-static void file_put_back(struct file *file)
-{
-	for (;;) {
-		int error = 0;
-
-		lock();
-		for (size_t i = 0; i < nregions; i++) {
-			if (regions[i].file == file - files) {
-				const int one = region_put_back(&regions[i]);
-
-				error = one ? one : error;
-			}
-		}
-		unlock();
-		if (error == 0)
-			break;
-		(void)call3(__NR_nanosleep, at(&(struct timespec){0, 10000000}), 0, 0);
-	}
-	if (file->lease >= 0)
-		wait_for_children();
-	close_fd(&file->lease);
-}
-
-static bool tell_files(void)
-{
-	for (size_t i = 0; i < MAX_FILES; i++) {
-		struct file *file = &files[i];
-		struct stat info;
-
-		if (!file->used || (file->told && !file->grown))
-			continue;
-		file->grown = false;
-		if (file->told) {
-			/* The agent shares a file as a whole: once more from the beginning. */
-			file_put_back(file);
-			file->told = false;
-			if (!send_message(SA_CLOSE, (uint64_t[]){file->handle}, 1, -1))
-				return false;
-			file->handle = ++next_handle;
-		}
-		if (call3(__NR_fstat, file->fd, at(&info), 0) < 0 || info.st_size <= 0)
-			continue; /* empty for now: the next look tries again */
-		file->told = true;
-		if (!send_message(SA_OPEN, (uint64_t[]){file->handle, (uint64_t)info.st_size}, 2, file->fd))
-			return false;
-	}
-	return true;
-}
-
-static bool drop_unused(void)
-{
-	if (!atomic_exchange(&emptied, false))
-		return true;
-	for (size_t i = 0; i < MAX_FILES; i++) {
-		struct file *file = &files[i];
-		bool used = false;
-
-		if (!file->used)
-			continue;
-		lock();
-		for (size_t k = 0; k < nregions && !used; k++)
-			used = regions[k].file == (int16_t)i;
-		unlock();
-		if (used)
-			continue;
-		if (file->lease >= 0)
-			wait_for_children();
-		close_fd(&file->lease);
-		close_fd(&file->fd);
-		file->used = false;
-		if (file->told && !send_message(SA_CLOSE, (uint64_t[]){file->handle}, 1, -1))
-			return false;
-	}
-	return true;
-}
-
-/* --------------------------------------------------------------------------------------- the thread: the swap */
-
-static struct segment *segment_of(uint32_t number)
-{
-	for (size_t i = 0; i < MAX_SEGMENTS; i++) {
-		if (segments[i].number == number)
-			return &segments[i];
-	}
-	return NULL;
-}
-
-static void segment_add(uint32_t number, int fd)
-{
-	const int seals = F_SEAL_FUTURE_WRITE | F_SEAL_SHRINK | F_SEAL_SEAL;
-	struct segment *free = segment_of(0);
-	struct stat info;
-
-	if (number == 0 || free == NULL || segment_of(number) || call3(__NR_fstat, fd, at(&info), 0) < 0 ||
-	    (call3(__NR_fcntl, fd, F_GET_SEALS, 0) & seals) != seals || info.st_size <= SA_SEGMENT_HEADER) {
-		close_fd(&fd); /* what is in it stays the file's */
-		return;
-	}
-	*free = (struct segment){number, fd, (uint64_t)(info.st_size - SA_SEGMENT_HEADER) / PAGE};
-}
-
-static void segment_drop(struct segment *segment)
-{
-	close_fd(&segment->fd);
-	*segment = (struct segment){.number = 0, .fd = -1};
-}
-
-/* Where in a Share the two kinds of runs are; the column behind each has their segments. */
-enum { RUNS_TO_MAP = 0, RUNS_TO_COMPARE = 2 };
-
-/* The part of a run that lies in a region: where, which slot of which segment, how many pages. */
-struct piece {
-	uint64_t page; /* of the file */
-	uint64_t slot;
-	uint64_t count;
-	const struct segment *segment;
-};
-
-/* kind: RUNS_TO_MAP or RUNS_TO_COMPARE. */
-static bool piece_of(const struct sa_frame *share, int kind, uint32_t index, const struct region *region,
-                     struct piece *ret)
-{
-	const uint64_t page = sa_frame_u32(share->column[kind], (size_t)index * 3);
-	const uint64_t slot = sa_frame_u32(share->column[kind], (size_t)index * 3 + 1);
-	const uint64_t count = sa_frame_u32(share->column[kind], (size_t)index * 3 + 2);
-	const uint64_t first = region->first;
-	const uint64_t end = first + region->length / PAGE;
-	const uint64_t from = page > first ? page : first;
-	const uint64_t to = page + count < end ? page + count : end;
-	const uint32_t number = sa_frame_u32(share->column[kind + 1], index);
-
-	if (from >= to || number == 0)
-		return false;
-	ret->segment = segment_of(number);
-	ret->page = from;
-	ret->slot = slot + (from - page);
-	ret->count = to - from;
-	/* UNTRUSTED: a slot past the end would be SIGBUS. */
-	return ret->segment && ret->slot < ret->segment->pages && ret->count <= ret->segment->pages - ret->slot;
-}
-
-static bool read_all(int fd, uint8_t *into, size_t length, uint64_t offset, bool pad)
-{
-	size_t done = 0;
-
-	while (done < length) {
-		const long n =
-			sa_call(__NR_pread64, fd, at(into + done), (long)(length - done), (long)(offset + done), 0, 0);
-
-		if (n > 0)
-			done += (size_t)n;
-		else if (n != -EINTR)
-			break;
-	}
-	/* The last page of a file may be short; one that is not there at all is not equal to anything. */
-	if (done == length || !pad || done % PAGE == 0)
-		return done == length;
-	memset(into + done, 0, PAGE - done % PAGE);
-	return done + (PAGE - done % PAGE) == length;
-}
-
-static bool piece_is_equal(const struct file *file, const struct piece *piece)
-{
-	for (uint64_t done = 0; done < piece->count;) {
-		const uint64_t n = piece->count - done < COMPARE_PAGES ? piece->count - done : COMPARE_PAGES;
-		const uint64_t slot = SA_SEGMENT_HEADER + (piece->slot + done) * PAGE;
-
-		if (!read_all(file->fd, file_pages, n * PAGE, (piece->page + done) * PAGE, true) ||
-		    !read_all(piece->segment->fd, slot_pages, n * PAGE, slot, false) ||
-		    memcmp(file_pages, slot_pages, n * PAGE) != 0)
-			return false;
-		done += n;
-	}
-	return true;
-}
-
-/* Whether no page of the region is the program's own, as far as the kernel can say; false too when it does not. */
-static bool is_all_the_files(int pagemap, const struct region *region)
-{
-	const uint64_t present = 1ULL << 63, swapped = 1ULL << 62, of_file = 1ULL << 61;
-	const size_t pages = region->length / PAGE;
-
-	for (size_t done = 0; done < pages;) {
-		const size_t n = pages - done < 512 ? pages - done : 512;
-		const uint64_t offset = (region->start / PAGE + done) * sizeof page_flags[0];
-
-		if (!read_all(pagemap, (uint8_t *)page_flags, n * sizeof page_flags[0], offset, false))
-			return false;
-		for (size_t i = 0; i < n; i++) {
-			if (page_flags[i] & swapped || ((page_flags[i] & present) && !(page_flags[i] & of_file)))
-				return false;
-		}
-		done += n;
-	}
-	return true;
-}
-
-/* Whether a region is one that this lease is for. With the lock. */
-static bool may_swap(const struct region *region, const struct file *file)
-{
-	return region->file == file - files && region->aside == 0 && (region->origin != ORIGIN_LATE || closings == 0);
-}
-
-/* Whatever was mapped or unmapped past libc: only what the kernel shows as it was learned is swapped. */
-static bool verify_region(const struct line *line)
-{
-	const struct region *is = &line->region;
-
-	for (size_t i = first_behind(is->start); i < nregions && regions[i].start < end_of(is); i++) {
-		struct region *region = &regions[i];
-
-		region->verified = region->start >= is->start && end_of(region) <= end_of(is) &&
-		                   region->dev == is->dev && region->ino == is->ino &&
-		                   region->protection == is->protection &&
-		                   region->first == is->first + (region->start - is->start) / PAGE;
-	}
-	return true;
-}
-
-/* With the lock: the swap of one region. -errno: nothing has changed. */
-static int region_swap(struct region *region, const struct sa_frame *share)
-{
-	long aside;
-	long hint = 0;
-
-	if (!reserve_take())
-		return -ENOMEM;
-	/* The new address is a hint here, but Linux (seen on 6.18) refuses one whose range meets the old one (check_mremap_params), and
-	 * programs that are linked to low addresses are in the way of the default, 0. The reserve is high, and taken. */
-	if (region->start < region->length)
-		hint = at(reserve);
-	aside = sa_call(__NR_mremap, (long)region->start, (long)region->length, (long)region->length,
-	                MREMAP_MAYMOVE | MREMAP_DONTUNMAP, hint, 0);
-	if (aside < 0)
-		return (int)aside;
-	region->aside = (uintptr_t)aside;
-	/* It took the page table along, and what is mapped stays in the page cache. Nothing of it is the program's own. */
-	(void)call3(__NR_madvise, aside, (long)region->length, MADV_DONTNEED);
-	for (uint32_t i = 0; i < share->entries[1]; i++) {
-		struct piece piece;
-		long placed;
-
-		if (!piece_of(share, RUNS_TO_MAP, i, region, &piece))
-			continue;
-		placed = sa_call(__NR_mmap, (long)(region->start + (piece.page - region->first) * PAGE),
-		                 (long)(piece.count * PAGE), region->protection, MAP_PRIVATE | MAP_FIXED,
-		                 piece.segment->fd, (long)(SA_SEGMENT_HEADER + piece.slot * PAGE));
-		if (placed < 0) {
-			const int back = region_put_back(region);
-
-			return back ? back : (int)placed;
-		}
-		region->pages += (uint32_t)piece.count;
-		region->pieces++;
-		pieces_used++;
-	}
-	return 0;
-}
-
-/* Compare, then swap, under the lease that has just come. */
-static uint32_t share_file(const struct file *file, const struct sa_frame *share, uint64_t *ret_pages)
-{
-	int pagemap;
-	uint32_t outcome = SA_MAPPED_DONE;
-	/* What nobody has read and the agent has proof of is not read here either (docs/cold-start.md). */
-	const int kind = share->number[2] ? RUNS_TO_MAP : RUNS_TO_COMPARE;
-	const size_t nwanted = share->entries[RUNS_TO_MAP];
-
-	*ret_pages = 0;
-	/* Which regions there are may change while it is compared. So every run is compared with the whole file. */
-	for (uint32_t i = 0; i < share->entries[kind]; i++) {
-		const struct region whole = {.first = 0, .length = (size_t)1 << 45};
-		struct piece piece;
-
-		if (!piece_of(share, kind, i, &whole, &piece))
-			return SA_MAPPED_NO_ROOM;
-		if (!piece_is_equal(file, &piece))
-			return SA_MAPPED_DIFFERENT;
-		if (atomic_load(&stopping))
-			return SA_MAPPED_NO_ROOM;
-	}
-	if (call3(__NR_fcntl, file->lease, F_GETLEASE, 0) != F_RDLCK)
-		return SA_MAPPED_NO_ROOM; /* a writer waits already: Unshare is on its way */
-	pagemap = open_read("/proc/self/pagemap");
-	if (pagemap < 0)
-		return SA_MAPPED_NO_ROOM;
-	lock();
-	for (size_t i = 0; i < nregions; i++)
-		regions[i].verified = false;
-	walk_maps(verify_region);
-	for (size_t i = 0; i < nregions && outcome == SA_MAPPED_DONE && !atomic_load(&stopping); i++) {
-		struct region *region = &regions[i];
-		struct piece piece;
-		bool wanted = false;
-		int error;
-
-		if (!may_swap(region, file))
-			continue;
-		for (uint32_t k = 0; k < share->entries[1] && !wanted; k++)
-			wanted = piece_of(share, RUNS_TO_MAP, k, region, &piece);
-		if (!wanted)
-			continue;
-		if (pieces_used + nwanted > max_pieces) {
-			outcome = SA_MAPPED_NO_ROOM;
-			break;
-		}
-		error = region->verified && is_all_the_files(pagemap, region) ? region_swap(region, share) : -EINVAL;
-		if (error == -ENOMEM)
-			outcome = SA_MAPPED_NO_ROOM;
-		else if (error) {
-			region->file = LEFT_ALONE;
-			atomic_store(&emptied, true);
-		}
-		*ret_pages += region->pages;
-	}
-	unlock();
-	close_fd(&pagemap);
-	return outcome;
-}
-
-static bool on_share(const struct sa_frame *share, int lease)
-{
-	struct file *file = NULL;
-	uint32_t outcome = SA_MAPPED_NO_ROOM;
-	uint64_t pages = 0;
-
-	for (size_t i = 0; i < MAX_FILES && !file; i++) {
-		if (files[i].used && files[i].handle == share->number[0])
-			file = &files[i];
-	}
-	if (file == NULL) {
-		close_fd(&lease); /* Close is on its way */
-		return true;
-	}
-	file_put_back(file);
-	file->lease = lease;
-	outcome = share_file(file, share, &pages);
-	if (outcome != SA_MAPPED_DONE || pages == 0) {
-		file_put_back(file);
-		pages = 0;
-	}
-	if (outcome == SA_MAPPED_DONE && pages == 0)
-		outcome = SA_MAPPED_NO_ROOM; /* nothing of what is shared is mapped here */
-	return send_message(SA_MAPPED, (uint64_t[]){file->handle, share->number[1], pages, outcome}, 4, -1);
-}
-
-static bool on_unshare(const struct sa_frame *unshare)
-{
-	for (size_t i = 0; i < MAX_FILES; i++) {
-		if (files[i].used && files[i].handle == unshare->number[0])
-			file_put_back(&files[i]);
-	}
-	return send_message(SA_LET_GO, (uint64_t[]){unshare->number[0], unshare->number[1]}, 2, -1);
-}
-
-/* Takes the descriptor. False: the connection is of no use any more. */
-static bool on_message(const struct sa_frame *frame, int fd)
-{
-	switch (frame->type) {
-	case SA_SHARE_SEGMENT:
-		segment_add(frame->number[0], fd);
-		return true;
-	case SA_SHARE:
-		return on_share(frame, fd);
-	case SA_UNSHARE:
-		return on_unshare(frame);
-	case SA_SEGMENTS_GONE:
-		for (uint32_t i = 0; i < frame->entries[0]; i++) {
-			struct segment *segment = segment_of(sa_frame_u32(frame->column[0], i));
-
-			if (segment && segment->number)
-				segment_drop(segment);
-		}
-		return true;
-	default:
-		/* Plain says nothing that the program would hear of; grants are not for this process. */
-		close_fd(&fd);
-		return true;
-	}
-}
-
-/* ------------------------------------------------------------------------------------------ the thread: its life */
-
-static bool receive_some(void)
-{
-	uint8_t control[CMSG_SPACE(sizeof(int) * 64)] __attribute__((aligned(8)));
-	struct iovec part = {frame_bytes + frame_length, sizeof frame_bytes - frame_length};
-	struct msghdr message = {
-		.msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
-	const long got = call3(__NR_recvmsg, link_fd, at(&message), MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-
-	if (got == -EAGAIN || got == -EINTR)
-		return true;
-	if (got <= 0)
-		return false;
-	for (struct cmsghdr *header = CMSG_FIRSTHDR(&message); header; header = CMSG_NXTHDR(&message, header)) {
-		const size_t n = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-
-		if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS)
-			continue;
-		for (size_t i = 0; i < n; i++) {
-			int fd;
-
-			memcpy(&fd, CMSG_DATA(header) + i * sizeof fd, sizeof fd);
-			if (nfds == MAX_FDS)
-				close_fd(&fd);
-			else
-				fds[nfds++] = fd;
-		}
-	}
-	frame_length += (size_t)got;
-	return (message.msg_flags & MSG_CTRUNC) == 0 && nfds < MAX_FDS;
-}
-
-/* Take up the whole frames that have arrived. */
-static bool take_frames(void)
-{
-	size_t used = 0;
-
-	while (frame_length - used >= SA_FRAME_HEADER) {
-		const uint32_t length = sa_frame_u32(frame_bytes + used, 0);
-		struct sa_frame frame;
-		int fd = -1;
-
-		if (length == 0 || length > SA_FRAME_MOST)
-			return false;
-		if (frame_length - used - SA_FRAME_HEADER < length)
-			break;
-		if (sa_frame_read(frame_bytes + used + SA_FRAME_HEADER, length, &frame) != 0)
-			return false;
-		if (frame.with_fd) {
-			if (nfds == 0)
-				return false;
-			fd = fds[0];
-			memmove(fds, fds + 1, --nfds * sizeof fds[0]);
-		}
-		if (!on_message(&frame, fd))
-			return false;
-		used += SA_FRAME_HEADER + length;
-	}
-	memmove(frame_bytes, frame_bytes + used, frame_length - used);
-	frame_length -= used;
-	return true;
-}
-
-/* The number that a file of /proc begins with; 0 if it cannot be read. */
-static uint64_t first_number(const char *path)
-{
-	char text[32];
-	int fd = open_read(path);
-	uint64_t number = 0;
-	long n;
-
-	if (fd < 0)
-		return 0;
-	n = read_some(fd, text, sizeof text);
-	close_fd(&fd);
-	for (long i = 0; i < n && text[i] >= '0' && text[i] <= '9'; i++)
-		number = number * 10 + (uint64_t)(text[i] - '0');
-	return number;
-}
+/* -------------------------------------------------------------------------------------------------- the thread */
 
 /* How large the address space is, in pages: a cheap look whether a library has come. */
 static uint64_t address_space(void)
 {
-	return first_number("/proc/self/statm");
+	return sa_first_number("/proc/self/statm");
 }
 
 /* Until the connection ends, or the thread is to. */
 static bool serve(void)
 {
-	int64_t look_at = now_ms();
+	int64_t look_at = sa_now_ms();
 	int64_t look_pause = 0;
 	uint64_t size = 0;
 	int looks = 0; /* that follow a change: libraries are taken at the second one */
 	bool go = true;
 
-	if (!send_message(SA_UNCHANGED, NULL, 0, -1))
+	if (!sa_link_send(SA_UNCHANGED, NULL, 0, -1))
 		return true;
 	while (go) {
-		int64_t now = now_ms();
-		int events;
+		int64_t now = sa_now_ms();
+		bool arrived;
 
 		if (now >= look_at) {
-			const bool news = atomic_load(&dirty) || address_space() != size;
+			const bool news = atomic_load(&sa_dirty) || address_space() != size;
 
 			looks = news ? 2 : looks;
 			look_pause = looks ? MS_LATE + MS_SETTLE : look_pause * 2;
 			look_pause = look_pause < MS_LOOK_MOST ? look_pause : MS_LOOK_MOST;
 			if (looks) {
 				looks--;
-				look();
+				sa_look();
+				sa_files_open();
 			}
 			size = address_space();
-			if (!tell_files())
+			if (!sa_files_tell())
 				return true;
-			now = now_ms();
+			now = sa_now_ms();
 			look_at = now + look_pause;
 		}
-		if (!drop_unused())
+		if (!sa_files_drop_unused())
 			return true;
-		events = wait_for(link_fd, POLLIN, look_at > now ? look_at - now : 0, &go);
-		now = now_ms();
-		if (atomic_load(&dirty) && look_at > now + MS_SETTLE)
+		arrived = sa_link_wait(look_at > now ? look_at - now : 0, &go);
+		now = sa_now_ms();
+		if (atomic_load(&sa_dirty) && look_at > now + MS_SETTLE)
 			look_at = now + MS_SETTLE;
-		if (go && events && (!receive_some() || !take_frames()))
+		if (go && arrived && !sa_link_take(sa_swap_answer))
 			return true;
 	}
 	return false;
@@ -1445,63 +86,33 @@ static bool serve(void)
 /* Without an agent: every page the file's, and nothing kept of the connection. */
 static void hang_up(void)
 {
-	for (size_t i = 0; i < MAX_FILES; i++) {
-		if (files[i].used)
-			file_put_back(&files[i]);
-		files[i].told = false;
-	}
-	close_fd(&link_fd); /* not before: an agent that is there takes it for our having let go */
-	for (size_t i = 0; i < MAX_SEGMENTS; i++)
-		segment_drop(&segments[i]);
-	while (nfds)
-		close_fd(&fds[--nfds]);
-	frame_length = 0;
-	(void)call3(__NR_madvise, (long)page_end((uintptr_t)frame_bytes, 0), (long)(sizeof frame_bytes - 2 * PAGE),
-	            MADV_DONTNEED);
-}
-
-static bool connect_agent(void)
-{
-	struct sockaddr_un address = {.sun_family = AF_UNIX};
-
-	memcpy(address.sun_path, socket_path, sizeof address.sun_path);
-	link_fd = (int)call3(__NR_socket, AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (link_fd < 0)
-		return false;
-	if (call3(__NR_connect, link_fd, at(&address), sizeof address) < 0) {
-		close_fd(&link_fd);
-		return false;
-	}
-	return true;
+	sa_files_put_back();
+	sa_link_close(); /* not before: an agent that is there takes it for our having let go */
+	sa_swap_forget();
 }
 
 static void thread_main(void)
 {
-	const uint64_t wake = 1ULL << (WAKE_SIGNAL - 1);
 	int64_t pause = MS_RETRY_FIRST;
 	bool go;
 
 	/* Its own table of descriptors from here on, an empty one. */
-	if (call3(__NR_close_range, 0, UINT_MAX, CLOSE_RANGE_UNSHARE) < 0)
-		return;                         /* Linux 5.9 */
-	(void)call3(__NR_chdir, at("/"), 0, 0); /* not to hold a folder; if it cannot, it does */
-	(void)call3(__NR_prctl, PR_SET_NAME, at("sharearea"), 0);
-	link_fd = -1;
-	signal_fd = (int)sa_call(__NR_signalfd4, -1, at(&wake), SIGNAL_BYTES, O_NONBLOCK | O_CLOEXEC, 0, 0);
-	if (signal_fd < 0)
+	if (sa_call3(__NR_close_range, 0, UINT_MAX, CLOSE_RANGE_UNSHARE) < 0)
+		return;                               /* Linux 5.9 */
+	(void)sa_call3(__NR_chdir, sa_at("/"), 0, 0); /* not to hold a folder; if it cannot, it does */
+	(void)sa_call3(__NR_prctl, PR_SET_NAME, sa_at("sharearea"), 0);
+	if (!sa_wait_begin())
 		return;
-	max_pieces = first_number("/proc/sys/vm/max_map_count") / 4;
-	for (size_t i = 0; i < MAX_SEGMENTS; i++)
-		segments[i] = (struct segment){.number = 0, .fd = -1};
-	for (go = pause_ms(MS_START); go; go = go && pause_ms(pause)) {
-		const int64_t begun = now_ms();
+	sa_swap_begin();
+	for (go = sa_pause_ms(MS_START); go; go = go && sa_pause_ms(pause)) {
+		const int64_t begun = sa_now_ms();
 
-		if (connect_agent()) {
+		if (sa_link_connect()) {
 			go = serve();
 			hang_up();
 		}
 		/* A connection that ends at once is not tried again at once. */
-		pause = now_ms() - begun > 1000 ? MS_RETRY_FIRST : pause * 2;
+		pause = sa_now_ms() - begun > 1000 ? MS_RETRY_FIRST : pause * 2;
 		pause = pause < MS_RETRY_MOST ? pause : MS_RETRY_MOST;
 	}
 }
@@ -1512,106 +123,72 @@ static void thread_main(void)
 static void start_thread(void)
 {
 	uint64_t signals;
-	_Atomic uint32_t *page = atomic_load(&children);
-	long mapped;
 
-	for (size_t i = 0; i < nregions; i++) {
-		if (regions[i].file >= 0)
-			regions[i].file = NO_FILE;
-	}
-	memset(files, 0, sizeof files);
-	memset(late, 0, sizeof late);
-	nfds = frame_length = 0;
-	if (page == NULL) {
-		mapped = sa_call(__NR_mmap, 0, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-		if (mapped < 0)
-			return;
-		atomic_store(&children, (_Atomic uint32_t *)(uintptr_t)mapped);
-	}
-	process = (int32_t)call3(__NR_getpid, 0, 0, 0);
-	atomic_store(&stopping, false);
-	atomic_store(&dirty, true);
-	block_signals(&signals);
-	if (make_thread(thread_main) < 0)
-		atomic_store(&thread_tid, 0);
-	else
+	sa_regions_forget_files();
+	sa_files_forget();
+	sa_look_forget();
+	sa_link_forget();
+	if (!sa_children_begin())
+		return;
+	atomic_store(&sa_dirty, true);
+	sa_signals_block(&signals);
+	if (sa_thread_make(thread_main))
 		atomic_store(&watching, true);
-	unblock_signals(&signals);
+	sa_signals_restore(&signals);
 }
 
 void sa_shim_start(const char *socket, bool whole)
 {
 	struct rlimit limit;
 
-	if (strlen(socket) >= sizeof socket_path)
+	if (!sa_link_aim(socket))
 		return;
-	memcpy(socket_path, socket, strlen(socket));
-	if (sa_call(__NR_prlimit64, 0, RLIMIT_AS, 0, at(&limit), 0, 0) < 0 || limit.rlim_cur != RLIM_INFINITY)
+	if (sa_call(__NR_prlimit64, 0, RLIMIT_AS, 0, sa_at(&limit), 0, 0) < 0 || limit.rlim_cur != RLIM_INFINITY)
 		return;
-	if (!unfiltered())
+	if (!sa_is_unfiltered())
 		return;
-	whole_program = whole;
-	if (whole)
-		walk_maps(learn_at_start);
+	sa_look_begin(whole);
 	start_thread();
 }
 
 void sa_shim_stop(bool forever)
 {
-	const int64_t end = now_ms() + MS_PATIENCE;
+	const int64_t end = sa_now_ms() + MS_PATIENCE;
 	struct sa_held held;
-	uint32_t before;
-	uint32_t tid;
 
-	if (!sa_shim_watches() || process != (int32_t)call3(__NR_getpid, 0, 0, 0))
+	if (!sa_shim_watches() || !sa_thread_is_ours())
 		return;
 	sa_shim_lock(&held);
-	(void)put_back_all(); /* what cannot be put back the thread tries until it can */
-	atomic_store(&stopping, true);
+	(void)sa_regions_put_back_all(); /* what cannot be put back the thread tries until it can */
+	atomic_store(&sa_stopping, true);
 	stops += !forever;
 	if (forever) {
 		retired = true;
 		atomic_store(&watching, false);
 	}
 	sa_shim_unlock(&held);
-	wake_thread();
-	before = tid = atomic_load(&thread_tid);
-	while (tid != 0 && now_ms() < end) {
-		futex_wait(&thread_tid, tid, 0, end - now_ms());
-		tid = atomic_load(&thread_tid);
-	}
-	/* The kernel clears the number a moment before the thread has left the process. */
-	while (before != 0 && call3(__NR_tgkill, process, (long)before, 0) == 0 && now_ms() < end)
-		(void)call3(__NR_nanosleep, at(&(struct timespec){0, 20000}), 0, 0);
+	sa_thread_wake();
+	sa_thread_await_end(end);
 }
 
 void sa_shim_resume(void)
 {
 	struct sa_held held;
 
-	if (!sa_shim_watches() || process != (int32_t)call3(__NR_getpid, 0, 0, 0))
+	if (!sa_shim_watches() || !sa_thread_is_ours())
 		return;
 	sa_shim_lock(&held);
 	stops -= stops > 0;
 	/* A thread that has not ended in time (its disk hangs) is the last one of this process. */
-	if (!retired && stops == 0 && atomic_load(&thread_tid) == 0 && atomic_load(&stopping))
+	if (!retired && stops == 0 && !sa_thread_runs() && atomic_load(&sa_stopping))
 		start_thread();
 	sa_shim_unlock(&held);
 }
 
 void sa_shim_before_fork(void)
 {
-	_Atomic uint32_t *numbers = atomic_load(&children);
-
 	sa_shim_lock(&fork_held);
-	fork_number = 0;
-	for (size_t i = 0; i < nregions && numbers; i++) {
-		if (regions[i].aside == 0)
-			continue;
-		fork_number = ++forks ? forks : ++forks;
-		atomic_store(&numbers[fork_number % MAX_CHILDREN], fork_number);
-		break;
-	}
+	sa_children_fork(sa_regions_are_shared());
 }
 
 void sa_shim_after_fork_parent(void)
@@ -1623,50 +200,13 @@ void sa_shim_after_fork_parent(void)
 
 void sa_shim_after_fork_child(void)
 {
-	_Atomic uint32_t *numbers = atomic_load(&children);
 	const struct sa_held held = fork_held;
-	uint32_t number = fork_number;
 
-	/* There is room: the parent's mappings, and none more. */
-	(void)put_back_all();
-	if (numbers) {
-		if (number && atomic_compare_exchange_strong(&numbers[number % MAX_CHILDREN], &number, 0))
-			(void)call3(__NR_futex, (long)(uintptr_t)&numbers[fork_number % MAX_CHILDREN], FUTEX_WAKE,
-			            INT_MAX);
-		(void)call3(__NR_munmap, (long)(uintptr_t)numbers, PAGE,
-		            0); /* the parent's; for our own children another */
-		atomic_store(&children, NULL);
-	}
-	atomic_store(&thread_tid, 0);
-	closings = 0;
+	sa_regions_after_fork();
+	sa_children_done();
+	sa_thread_none();
 	stops = 0;
 	if (sa_shim_watches() && !retired)
 		start_thread();
 	sa_shim_unlock(&held);
-}
-
-void sa_shim_before_close(void)
-{
-	struct sa_held held;
-
-	sa_shim_lock(&held);
-	closings++;
-	for (size_t i = 0; i < nregions;) {
-		if (regions[i].origin == ORIGIN_LATE && region_put_back(&regions[i]) == 0)
-			region_remove(i);
-		else
-			i++;
-	}
-	sa_shim_unlock(&held);
-}
-
-void sa_shim_after_close(void)
-{
-	struct sa_held held;
-
-	sa_shim_lock(&held);
-	closings--;
-	sa_shim_unlock(&held);
-	if (!atomic_exchange(&dirty, true))
-		wake_thread();
 }

@@ -1,8 +1,9 @@
 /*
  * shim.h - shared pages under the file mappings of a program that does not know of them. docs/preload.md is the design.
  *
- * shim.c keeps the table of mappings and has the thread that talks to the agent. preload.c, which has the functions
- * that are put in front of libc's, calls what is declared here. No function sets errno, allocates, or prints.
+ * The shim keeps a table of mappings and has a thread that talks to the agent; shim_parts.h says which file does what.
+ * preload.c, which has the functions that are put in front of libc's, and library.c call what is declared here. No
+ * function sets errno, allocates, or prints.
  */
 #ifndef SA_SHIM_H
 #define SA_SHIM_H
@@ -12,7 +13,19 @@
 #include <stdint.h>
 
 /* A system call, made directly: the result, or -errno. */
-long sa_call(long number, long a, long b, long c, long d, long e, long f);
+static inline long sa_call(long number, long a, long b, long c, long d, long e, long f)
+{
+	register long r10 __asm__("r10") = d;
+	register long r8 __asm__("r8") = e;
+	register long r9 __asm__("r9") = f;
+	long result;
+
+	__asm__ volatile("syscall"
+	                 : "=a"(result)
+	                 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
+	                 : "rcx", "r11", "memory");
+	return result;
+}
 
 /* Start the thread, unless this process is one to be left alone. Once. socket: path of the agent's socket. whole: learn
  * the mappings that are there, and libraries that come later, besides what sa_shim_mapped says; then, while there is
