@@ -73,10 +73,9 @@ static bool serve(void)
 		}
 		if (!sa_files_drop_unused())
 			return true;
-		arrived = sa_link_wait(look_at > now ? look_at - now : 0, &go);
-		now = sa_now_ms();
 		if (atomic_load(&sa_dirty) && look_at > now + MS_SETTLE)
 			look_at = now + MS_SETTLE;
+		arrived = sa_link_wait(look_at > now ? look_at - now : 0, &go);
 		if (go && arrived && !sa_link_take(sa_swap_answer))
 			return true;
 	}

@@ -172,8 +172,10 @@ bool sa_files_drop_unused(void)
 		sa_close_fd(&file->lease);
 		sa_close_fd(&file->fd);
 		file->used = false;
-		if (file->told && !sa_link_send(SA_CLOSE, (uint64_t[]){file->handle}, 1, -1))
+		if (file->told && !sa_link_send(SA_CLOSE, (uint64_t[]){file->handle}, 1, -1)) {
+			atomic_store(&sa_emptied, true); /* for the files behind it */
 			return false;
+		}
 	}
 	return true;
 }

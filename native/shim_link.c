@@ -74,13 +74,14 @@ bool sa_link_send(uint32_t type, const uint64_t *fields, size_t n, int fd)
 		struct cmsghdr header;
 		uint8_t bytes[CMSG_SPACE(sizeof(int))];
 	} control = {.bytes = {0}};
+	const int64_t end = sa_now_ms() + MS_PATIENCE;
 	size_t sent = 0;
+	bool go = true;
 
 	while (sent < length) {
 		struct iovec part = {frame + sent, length - sent};
 		struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
 		long got;
-		bool go;
 
 		if (fd >= 0 && sent == 0) {
 			control.header = (struct cmsghdr){CMSG_LEN(sizeof fd), SOL_SOCKET, SCM_RIGHTS};
@@ -89,12 +90,19 @@ bool sa_link_send(uint32_t type, const uint64_t *fields, size_t n, int fd)
 			message.msg_controllen = sizeof control;
 		}
 		got = sa_call3(__NR_sendmsg, link_fd, sa_at(&message), MSG_NOSIGNAL | MSG_DONTWAIT);
-		if (got > 0)
+		if (got > 0) {
 			sent += (size_t)got;
-		else if (got == -EAGAIN && !(sa_wait(link_fd, POLLOUT, MS_PATIENCE, &go) & POLLOUT))
+		} else if (got == -EAGAIN) {
+			const int64_t left = end - sa_now_ms();
+
+			/* A wake-up ends it early, and is taken up by what it has set. */
+			if (left > 0)
+				(void)sa_wait(link_fd, POLLOUT, left, &go);
+			if (left <= 0 || !go)
+				return false;
+		} else if (got != -EINTR) {
 			return false;
-		else if (got < 0 && got != -EAGAIN && got != -EINTR)
-			return false;
+		}
 	}
 	return true;
 }

@@ -306,6 +306,8 @@ static void notes_forget(uintptr_t start, uintptr_t end)
 		if (old.length == 0 || old.start >= end || old.start + old.length <= start)
 			continue;
 		notes[i].length = start > old.start ? start - old.start : 0;
+		if (notes[i].length && next_note == i)
+			next_note = (i + 1) % MAX_NOTES; /* what is left of it is not overwritten by its other part */
 		if (old.start + old.length > end)
 			note(end, old.start + old.length - end);
 	}
@@ -436,7 +438,7 @@ void sa_shim_after_close(void)
 	struct sa_held held;
 
 	sa_shim_lock(&held);
-	closings--;
+	closings -= closings > 0; /* none in a child that was forked inside */
 	sa_shim_unlock(&held);
 	tell_thread();
 }

@@ -42,10 +42,11 @@ static void segment_add(uint32_t number, int fd)
 {
 	const int seals = F_SEAL_FUTURE_WRITE | F_SEAL_SHRINK | F_SEAL_SEAL;
 	struct segment *free = segment_of(0);
+	const long sealed = sa_call3(__NR_fcntl, fd, F_GET_SEALS, 0); /* or -errno */
 	struct stat info;
 
 	if (number == 0 || free == NULL || segment_of(number) || sa_call3(__NR_fstat, fd, sa_at(&info), 0) < 0 ||
-	    (sa_call3(__NR_fcntl, fd, F_GET_SEALS, 0) & seals) != seals || info.st_size <= SA_SEGMENT_HEADER) {
+	    sealed < 0 || (sealed & seals) != seals || info.st_size <= SA_SEGMENT_HEADER) {
 		sa_close_fd(&fd); /* what is in it stays the file's */
 		return;
 	}
@@ -152,7 +153,7 @@ static bool verify(const struct line *line)
 	return true;
 }
 
-/* With the lock: the swap of one region. -errno: nothing has changed. */
+/* With the lock: the swap of one region. -errno: nothing has changed; -ENOMEM: or it is to be put back later. */
 static int region_swap(struct region *region, const struct sa_frame *share)
 {
 	int error = sa_region_set_aside(region);
@@ -167,9 +168,7 @@ static int region_swap(struct region *region, const struct sa_frame *share)
 		error = sa_region_share(region, piece.page, piece.count, piece.segment->fd,
 		                        SA_SEGMENT_HEADER + piece.slot * PAGE);
 		if (error) {
-			const int back = sa_region_put_back(region);
-
-			return back ? back : error;
+			return sa_region_put_back(region) ? -ENOMEM : error;
 		}
 	}
 	return 0;
