@@ -34,7 +34,7 @@ FIRST: Final = {"h1": 8, "v1": 5000}
 """The first reference of each guest in the area's table."""
 PAGES, TAIL, SEED = 512, 1234, 7  # view_probe.py has the same
 BIG_PAGES, BIG_SEED = 4096, 8
-LIMIT_S: Final = 3300.0
+LIMIT_S: Final = 2100.0
 DEBUG_MIB: Final = 512
 
 
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             kernels[kind] = debug(kind, say) if options.kernel == DEBUG else debian(options.kernel, say)
         chosen = [stage for stage in stages if stage.name not in options.without]
         limit = LIMIT_S + 2 * (options.torture + options.misuse)
-        limit += 600 * options.programs + 3300 * options.packages
+        limit += 1800 * options.programs + 3300 * options.packages + 2700 * (options.kernel == DEBUG)
         boots = {kind: kernel.boot for kind, kernel in kernels.items()}
         passed, failed = perform(
             chosen,
