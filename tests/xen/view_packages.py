@@ -284,7 +284,7 @@ def _packages(run: Run) -> None:
     machine.run("dpkg -i /tmp/lab-app_3.deb", timeout=300)
     _came_back(run, 3, 8)
     # apt and its dpkg are killed while a package is set up: nothing calls the hooks that bring the view up.
-    apt = machine.start("apt-get", "install", "-y", "--no-download", "/tmp/lab-app_4.deb")
+    apt = machine.start("apt-get", "install", "-y", "/tmp/lab-app_4.deb")
     sleeping = "pgrep -f '[l]ab-app.postinst' >/dev/null"  # not the shell that asks
     run.lab.wait("a package that is being set up", lambda: machine.try_run(sleeping).code == 0, limit=120, pause=1)
     assert not _up(machine, OVER), "the view is up while a package is set up"
