@@ -339,7 +339,7 @@ def _show_overview(console: Console, about: Row, figures: Row) -> None:
     line_of("published", "published_bytes", "in the window")
     line_of("granted", "granted_bytes", "in the window")
     line("not shared", f"{figures['refused_files']:,} files", f"{size(figures['refused_bytes'])}; why: --by reason")
-    line("I/O avoided", "-", "no program counts it (docs/events.md)")
+    line_of("I/O avoided", "io_avoided_bytes", "shared now, and never read from a disk there")
     console.print(table)
 
 

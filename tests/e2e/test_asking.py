@@ -237,6 +237,8 @@ def test_stats_as_tables_as_csv_and_from_stdin(logged: tuple[Host, list[dict[str
     saved = last_of(lines, "pool.statistics")["sharearea.saved_bytes"]
     text = run("sharearea", "stats", *config).stdout
     assert f"{saved / MIB:,.1f} MiB" in text
+    [avoided] = [line.split() for line in text.splitlines() if "I/O avoided" in line]
+    assert avoided[2] == "0", avoided  # every file was read here
     for by in ("host", "pool", "domain", "file", "package", "reason"):
         done = run("sharearea", "stats", *config, "--by", by)
         assert done.returncode == 0, done.stderr
