@@ -17,10 +17,14 @@ class ShareareaView(dnf.Plugin):  # type: ignore[misc]
 
     name = "sharearea_view"
 
-    def pre_transaction(self) -> None:
-        """Take them down. What it begins ends with this process at the latest: a transaction may fail."""
-        atexit.register(_call, "up")
-        _call("down")
+    def resolved(self) -> None:
+        """Take them down. What it begins ends with this process at the latest: a transaction may fail, or be declined.
+
+        Not in pre_transaction, which comes after rpm's test: for rpm a read-only file system has no room.
+        """
+        if self.base.transaction:
+            atexit.register(_call, "up")
+            _call("down")
 
     def transaction(self) -> None:
         """Bring them up again."""

@@ -329,6 +329,7 @@ def _dnf(run: Run) -> None:
     machine.run("touch /tmp/refuse")
     done = machine.try_run(_DNF, timeout=300)
     assert done.code != 0, done.out
+    assert "refused" in done.out + done.err, f"it failed for another reason: {done.out[-2000:]}{done.err[-2000:]}"
     assert _up(machine, OVER), f"down after a refused transaction: {done.err}"
     machine.run(f"rm /tmp/refuse; {_DNF}", timeout=300)
     _views_are(machine, True)

@@ -106,8 +106,11 @@ class Mapping:
         ctypes.CFUNCTYPE(None)(self.address + page * PAGE)()
 
     def close(self) -> None:
-        """Unmap it."""
-        libc.munmap(ctypes.c_void_p(self.address), ctypes.c_size_t(self.size))
+        """Unmap it; once more if the kernel was made to lack memory for it (starve)."""
+        for _ in range(2):
+            if not libc.munmap(ctypes.c_void_p(self.address), ctypes.c_size_t(self.size)):
+                return
+        raise OSError(ctypes.get_errno(), "munmap")
 
 
 def in_child(call: Callable[[], object]) -> int:
