@@ -851,6 +851,7 @@ class Probe:
     def starve(self) -> dict[str, Any]:
         """Have the first allocation of a call fail, then the second, until it has no more; it fails or it is right."""
         self.write_lower()
+        VIEW.mkdir(exist_ok=True)
         for name in ("failslab", "fail_page_alloc"):
             folder = Path("/sys/kernel/debug") / name
             (folder / "ignore-gfp-wait").write_text("N")
