@@ -7,6 +7,7 @@ view_probe.py show in each what docs/view.md promises. What is measured goes to 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import shutil
@@ -443,7 +444,10 @@ def _unload(run: Run) -> None:
         _log_is_clean(machine)
         leak = machine.run("cat /proc/slabinfo || true")  # the debug kernel has kmemleak instead
         assert not re.search(r"^shareview", leak, re.M), f"{name}: inodes are left"
-    run.about.pop("granter").close()
+    granter: host.Talker = run.about.pop("granter")
+    with contextlib.suppress(OSError):  # an earlier stage may have done so
+        granter.ask(do="destroy")
+    granter.close()
 
 
 if __name__ == "__main__":
