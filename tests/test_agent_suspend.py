@@ -196,11 +196,21 @@ def test_a_refused_suspend_that_nobody_waits_for_any_more_is_not_asked_for(
     guest.connector.connect()
     guest.run()
     guest.connector.suspend_refused()
-    time.sleep(0.15)
+    guest.run(lambda: len(guest.made) == 2)  # the time is over
     guest.connector.nothing_left()
     assert guest.server.nodes.get(OURS + SHUTDOWN) is None
-    guest.run(lambda: len(guest.made) == 2)
     assert guest.connector.bound
+
+
+def test_a_suspend_that_another_process_holds_back_is_asked_for_again_once(guest: Guest) -> None:
+    guest.connector.connect()
+    guest.run()
+    guest.connector.suspend_refused()
+    guest.connector.nothing_left()
+    guest.set(SHUTDOWN, "")  # the kernel's answer, before it refuses this one as well
+    guest.connector.suspend_refused()
+    guest.connector.nothing_left()
+    assert guest.server.nodes.get(OURS + SHUTDOWN) == ""
 
 
 def test_who_binds_an_event_channel_says_so_before(guest: Guest) -> None:

@@ -111,6 +111,7 @@ class RingConnector:
         self._held = False  # connect() waits until rings may be made
         self._suspended_until = 0.0
         self._again_until = 0.0  # a suspend was refused that is wanted still
+        self._asked_until = 0.0  # it was asked for again; if that is refused, too, somebody else holds it back
         self._link: RingLink | None = None
         self._domid = -1
         self._again_at = 0.0
@@ -228,7 +229,13 @@ class RingConnector:
             self._register()
 
     def suspend_refused(self) -> None:
-        """Have all let go as before a suspend: the kernel has refused one, because not all was, and it is wanted."""
+        """Have all let go as before a suspend: the kernel has refused one, because not all was, and it is wanted.
+
+        One that nothing_left() has asked for is not asked for once more: another process may hold it back for as long
+        as it likes, and the toolstack does not wait for ever.
+        """
+        if time.monotonic() < self._asked_until:
+            return
         self._again_until = time.monotonic() + SUSPEND_S
         try:
             self._suspend_comes()
@@ -243,6 +250,7 @@ class RingConnector:
         """
         wanted, self._again_until = time.monotonic() < self._again_until, 0.0
         if wanted and self._control is not None:
+            self._asked_until = time.monotonic() + SUSPEND_S
             try:
                 self._control.write(SHUTDOWN, "suspend")
             except ShareareaError:
