@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from array import array
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from sharearea_agent.runner import Runner
 from sharearea_agent.view_control import ViewControl, ViewInfo
 from sharearea_agent.view_mounts import ViewMounts
 from sharearea_agent.views import MountedView, Views, mounted_views
+from sharearea_agent.worker import Job, Worker
 
 WELCOME = wire.Welcome(wire.PROTOCOL_VERSION, "g", "p", bytes(16), bytes(16), bytes(32), 8, 1, 1 << 20, 10, ("**",), ())
 RUNS = array("I", (0, 40, 3)).tobytes()
@@ -41,12 +44,14 @@ class Device(ViewControl):
         self.refused = 0
         self.fail = 0
         self.holds: list[bool] = []
+        self.attaching: Callable[[], None] = lambda: None
 
     def info(self) -> ViewInfo:
         return ViewInfo(2, self.epoch, 0, self.refused, len(self.tables), 0, 0, 0, 0, 0, 0)
 
     def attach(self, file: int, domid: int, runs: bytes, epoch: int) -> int:
         number = os.fstat(file).st_ino
+        self.attaching()
         if self.fail:
             raise OSError(self.fail, os.strerror(self.fail))
         if epoch != self.epoch:
@@ -70,6 +75,13 @@ class Device(ViewControl):
         return sum(array("I", runs)[2::3]), 9
 
 
+def at_once(job: Job) -> None:
+    """A worker that is as fast as it can be."""
+    then = job()
+    if then is not None:
+        then()
+
+
 class House:
     """A lower folder with two files, and a "view" of it: a folder with the same inodes."""
 
@@ -85,7 +97,14 @@ class House:
         self.events: list[agent.Event] = []
         self.lines: list[str] = []
         mounted = MountedView(os.fsencode(self.lower), os.fsencode(self.at))
-        self.views = Views(self.device, [mounted], self.events.append, lambda event, **_: self.lines.append(event))
+        self.submit: Callable[[Job], None] = at_once
+        self.views = Views(
+            self.device,
+            [mounted],
+            self.events.append,
+            lambda event, **_: self.lines.append(event),
+            lambda job: self.submit(job),
+        )
 
     def key(self, name: str) -> FileKey:
         seen = os.stat(self.lower / name)
@@ -182,15 +201,87 @@ def test_another_file_under_the_name_is_not_touched(house: House, tmp_path: Path
 
 
 def test_descriptors_are_closed_with_what_they_were_for(house: House) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     handle = house.take_in("one")
     for generation in range(1, 4):
         house.share(handle, generation=generation)
         house.events.clear()
-    assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert open_files() == before + 1
     house.views.put_out(house.key("one"))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
     assert house.device.tables == {}
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_attaching_that_has_not_begun_is_called_off(house: House) -> None:
+    jobs: list[Job] = []
+    house.submit = jobs.append
+    handle = house.take_in("one")
+    house.views.share(agent.ShareWith(VIEWS, handle, 1, RUNS, 5))
+    assert not house.events
+    house.views.unshare(agent.UnshareWith(VIEWS, handle, 1))
+    house.views.share(agent.ShareWith(VIEWS, handle, 2, RUNS, 5))
+    house.views.put_out(house.key("one"))
+    assert house.events == [agent.ConsumerLetGo(VIEWS, handle, 1)]
+    assert [job() for job in jobs] == [None, None]
+    assert house.device.tables == {}
+
+
+def test_pages_that_are_let_go_before_anybody_knows_that_they_are_attached(house: House) -> None:
+    jobs: list[Job] = []
+    house.submit = jobs.append
+    before = open_files()
+    handle = house.take_in("one")
+    house.views.share(agent.ShareWith(VIEWS, handle, 1, RUNS, 5))
+    then = jobs[0]()
+    house.device.tables.clear()
+    house.views.look()
+    assert not house.events
+    assert then is not None
+    then()
+    assert house.events == [agent.ConsumerMapped(VIEWS, handle, 1, 0, MAPPED_NO_ROOM)]
+    assert open_files() == before
+
+
+@pytest.mark.parametrize("way", ["unshare", "put_out", "close"])
+@pytest.mark.parametrize("fail", [0, errno.EAGAIN])
+def test_letting_go_waits_for_what_is_just_being_attached(house: House, way: str, fail: int) -> None:
+    before = open_files()
+    begun, goes_on = threading.Event(), threading.Event()
+    failures: list[Exception] = []
+    worker = Worker(lambda: None, failures.append, lambda: None)
+    worker.start()
+    house.submit = worker.submit
+
+    def attaching() -> None:
+        begun.set()
+        assert goes_on.wait(20)
+
+    house.device.attaching = attaching
+    house.device.fail = fail
+    handle = house.take_in("one")
+    house.views.share(agent.ShareWith(VIEWS, handle, 1, RUNS, 5))
+    assert begun.wait(20)
+    threading.Timer(0.2, goes_on.set).start()
+    match way:
+        case "unshare":
+            house.views.unshare(agent.UnshareWith(VIEWS, handle, 1))
+        case "put_out":
+            house.views.put_out(house.key("one"))
+        case "close":
+            house.views.close()
+    assert goes_on.is_set()
+    assert house.device.tables == {}
+    worker.stop()
+    for then in worker.results():
+        then()
+    assert not [event for event in house.events if isinstance(event, agent.ConsumerMapped)]
+    assert not failures
+    assert house.device.tables == {}
+    assert open_files() == before
 
 
 def test_a_suspend_is_held_back_while_programs_map_grants_and_no_longer(house: House) -> None:

@@ -193,7 +193,7 @@ class Runner:
         try:
             views = mounted_views(MOUNTS.read_bytes(), self._covered)
             if views or config.views:  # they may be mounted later, by others
-                return Views(ViewControl(), views, self._events.append, self.log.event)
+                return Views(ViewControl(), views, self._events.append, self.log.event, self._submit)
         except (HostError, OSError) as error:
             if not problems:
                 problems.append(HostError(f"guest views cannot be used: {error}"))
@@ -203,6 +203,9 @@ class Runner:
                 hint = "; ".join(dict.fromkeys(error.hint for error in problems if error.hint))
                 self.log.event("agent.limit", detail=f"{said}{f' ({hint})' if hint else ''}; plain files go on")
         return None
+
+    def _submit(self, job: Job) -> None:
+        self._worker.submit(job)  # which is made later than who is given this
 
     def _mount_views(self) -> list[HostError]:
         """Mount what is configured, unless somebody wants it down; return what is not mounted then, and why."""

@@ -62,7 +62,7 @@ class ViewInfo:
 
 
 class ViewControl:
-    """An open control device. Not thread-safe; `with` closes it.
+    """An open control device; `with` closes it. Calls on several threads are fine, but not beside close().
 
     Methods raise OSError with the errors that shareview.h names, ValueError when closed.
     """

@@ -14,7 +14,9 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from . import agent
@@ -23,6 +25,7 @@ from .common.events import path_text
 from .consumer_wire import MAPPED_DIFFERENT, MAPPED_DONE, MAPPED_NO_ROOM
 from .view_control import ViewControl
 from .view_mounts import Covered, mounts, to_seen
+from .worker import Job, Then
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +70,14 @@ class _Entry:
     epoch: int = 0  # from before its grants were asked for
     fd: int = -1  # of the view's file, while pages are attached
     generation: int = 0
+    attaching: Future[int] | None = None  # under way on the worker; its result is to become `fd`
 
 
 class Views:
-    """The mounted views, and what is attached in them. Belongs to the runner's thread; answers through `feed`."""
+    """The mounted views, and what is attached in them. Belongs to the runner's thread; answers through `feed`.
+
+    Attaching compares with what is cached, or (`verify=all`) reads the whole file, so it is done on the worker.
+    """
 
     def __init__(
         self,
@@ -78,12 +85,14 @@ class Views:
         views: list[MountedView],
         feed: Callable[[Event], None],
         log: Callable[..., None],
+        submit: Callable[[Job], None],
     ) -> None:
-        """`control` is this object's from now on. `log`: as EventLog.event."""
+        """`control` is this object's from now on. `log`: as EventLog.event; `submit`: as Worker.submit."""
         self._control = control
         self._views = views
         self._feed = feed
         self._log = log
+        self._submit = submit
         self._entries: dict[Handle, _Entry] = {}
         self._handles: dict[FileKey, Handle] = {}
         self._next: Handle = 0
@@ -140,40 +149,65 @@ class Views:
             self._entries[handle].epoch = self._control.info().epoch
 
     def share(self, action: agent.ShareWith) -> None:
-        """Attach; the state machine hears how it went."""
+        """Have the worker attach; the state machine hears how it went."""
         entry = self._entries.get(action.handle)
         if entry is None:
             return
-        outcome, pages = MAPPED_NO_ROOM, 0
+        entry.generation = action.generation
         try:
             self._let_go(entry)
-            entry.generation = action.generation
-            pages = self._attach(entry, action)
-            outcome = MAPPED_DONE
-        except (OSError, ValueError) as error:
-            number = error.errno if isinstance(error, OSError) else None
-            outcome = MAPPED_DIFFERENT if number == errno.EBADMSG else MAPPED_NO_ROOM
-            # A writer (EAGAIN) and a suspend (ESTALE) are everyday; the state machine hears of them by itself.
-            if number not in (errno.EBADMSG, errno.EAGAIN, errno.ESTALE) and (number or 0) not in self._complained:
-                self._complained.add(number or 0)
-                self._log("agent.limit", detail=f"cannot attach {path_text(entry.path)}: {error}")
-        self._feed(agent.ConsumerMapped(VIEWS, action.handle, action.generation, pages, outcome))
+        except OSError as error:
+            self._not_attached(entry, action, error)
+            return
+        entry.attaching = under_way = Future[int]()
+        self._submit(partial(self._attach, entry, entry.epoch, action, under_way))
 
-    def _attach(self, entry: _Entry, action: agent.ShareWith) -> int:
-        if action.grantor is None:
-            raise ValueError("grants of nobody")
-        fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    def _attach(self, entry: _Entry, epoch: int, action: agent.ShareWith, under_way: Future[int]) -> Then | None:
+        """On the worker: attach, unless that was called off."""
+        if not under_way.set_running_or_notify_cancel():
+            return None
+        fd = -1
         try:
+            if action.grantor is None:
+                raise ValueError("grants of nobody")
+            fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             seen = os.fstat(fd)
             if (seen.st_dev, seen.st_ino) != entry.key:
                 raise OSError(errno.ESTALE, "another file")
-            self._control.attach(fd, action.grantor, action.runs, entry.epoch)
-            attached, _ = self._control.state(fd)
-        except BaseException:
-            os.close(fd)
-            raise
-        entry.fd = fd
-        return attached
+            self._control.attach(fd, action.grantor, action.runs, epoch)
+        except BaseException as error:
+            if fd >= 0:
+                os.close(fd)
+            under_way.set_exception(error)
+        else:
+            under_way.set_result(fd)
+        return partial(self._attached, entry, action, under_way)
+
+    def _attached(self, entry: _Entry, action: agent.ShareWith, under_way: Future[int]) -> None:
+        """Take what the worker has attached, unless somebody has waited for it to let it go."""
+        if entry.attaching is not under_way:
+            return
+        entry.attaching = None
+        try:
+            entry.fd = under_way.result()
+            pages, _ = self._control.state(entry.fd)
+        except (OSError, ValueError) as error:
+            self._not_attached(entry, action, error)
+            return
+        if not pages:  # lost since: look() has not known of it
+            os.close(entry.fd)
+            entry.fd = -1
+        outcome = MAPPED_DONE if pages else MAPPED_NO_ROOM
+        self._feed(agent.ConsumerMapped(VIEWS, action.handle, action.generation, pages, outcome))
+
+    def _not_attached(self, entry: _Entry, action: agent.ShareWith, error: OSError | ValueError) -> None:
+        number = error.errno if isinstance(error, OSError) else None
+        # A writer (EAGAIN) and a suspend (ESTALE) are everyday; the state machine hears of them by itself.
+        if number not in (errno.EBADMSG, errno.EAGAIN, errno.ESTALE) and (number or 0) not in self._complained:
+            self._complained.add(number or 0)
+            self._log("agent.limit", detail=f"cannot attach {path_text(entry.path)}: {error}")
+        outcome = MAPPED_DIFFERENT if number == errno.EBADMSG else MAPPED_NO_ROOM
+        self._feed(agent.ConsumerMapped(VIEWS, action.handle, action.generation, 0, outcome))
 
     def unshare(self, action: agent.UnshareWith) -> None:
         """Detach; the state machine hears that it is done."""
@@ -184,6 +218,12 @@ class Views:
         self._feed(agent.ConsumerLetGo(VIEWS, action.handle, action.generation))
 
     def _let_go(self, entry: _Entry) -> None:
+        """Afterwards nothing of a file is attached. What the worker is just attaching is waited for: it ends soon, as
+        the kernel calls comparing off when a writer comes.
+        """
+        under_way, entry.attaching = entry.attaching, None
+        if under_way is not None and not under_way.cancel() and under_way.exception() is None:
+            entry.fd = under_way.result()
         fd, entry.fd = entry.fd, -1
         if fd >= 0:
             try:
