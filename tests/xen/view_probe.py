@@ -136,8 +136,8 @@ class Probe:
     def __init__(self, area: int, first: int) -> None:
         self.area, self.first = area, first
         self.kind = Path("/sys/hypervisor/guest_type").read_text().strip()
-        release = tuple(int(number) for number in os.uname().release.split(".")[:2])
-        self.owns = self.kind != "PV" and release >= (5, 11)  # mappings of the view are the module's
+        self.old = tuple(int(number) for number in os.uname().release.split(".")[:2]) < (5, 11)
+        self.owns = self.kind != "PV" and not self.old  # mappings of the view are the module's
         self.want = content(SEED, PAGES, TAIL)[: (PAGES - 1) * PAGE + TAIL]
         self.padded = self.want + bytes(PAGES * PAGE - len(self.want))
         self.wrong: list[str] = []
