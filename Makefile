@@ -41,19 +41,19 @@ test: setup ## all checks and tests: lint, native, native with sanitizers, pytes
 
 # As root on Debian 12; tests/xen/README.md. Not a part of `test`, but of .ci/run: it boots a machine of its own.
 test-xen: setup ## the same on a real Xen, in an emulator (root; XEN_ARGS=...)
-	@$(MAKE) SETUP_IS_DONE=1 deb
+	@$(if $(DEB_IS_DONE),:,$(MAKE) SETUP_IS_DONE=1 deb)
 	@$(BIN)/python -m tests.xen $(XEN_ARGS)
 
 # Not a part of test-xen: it needs the headers of the guests' kernel as well (docs/view.md).
 test-view: setup ## the guest view on a real Xen (root; VIEW_ARGS=...)
 	@tools/kernel_headers.sh
-	@$(MAKE) SETUP_IS_DONE=1 deb
+	@$(if $(DEB_IS_DONE),:,$(MAKE) SETUP_IS_DONE=1 deb)
 	@$(BIN)/python -m tests.xen.view $(VIEW_ARGS)
 
 # Not a part of .ci/run: the first time it builds two kernels (docs/view.md). KASAN makes all of it several times slower.
 test-view-debug: export XEN_PATIENCE ?= 6
 test-view-debug: setup ## the guest view under kernels that look for faults (root; VIEW_ARGS=...)
-	@$(MAKE) SETUP_IS_DONE=1 deb
+	@$(if $(DEB_IS_DONE),:,$(MAKE) SETUP_IS_DONE=1 deb)
 	@$(BIN)/python -m tests.xen.view --kernel debug --vcpus 2 --without ratios $(VIEW_ARGS)
 
 bench: setup ## measure (BENCH_ARGS=...)

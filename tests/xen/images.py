@@ -27,6 +27,8 @@ from typing import Final
 
 HERE: Final = Path(__file__).resolve().parent
 ROOT: Final = HERE.parent.parent
+FOLDER: Final = Path(os.environ.get("XEN_FOLDER") or ROOT / "build" / "xen")
+"""Where a host keeps its files, logs and results. Two at a time need two folders."""
 CACHE: Final = ROOT / "build" / "xen" / "cache"
 
 HOST_PACKAGES: Final = {
@@ -124,7 +126,8 @@ def build(say: Say, kernels: Mapping[str, Path] | None = None, *, systemd: bool 
         jobs = {name: pool.submit(_root, name, ROOTS[name], say) for name in names}
         folder = boot.result()
         roots = {name: job.result() for name, job in jobs.items()}
-    dom0_ramdisk = CACHE.parent / "dom0.cpio"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    dom0_ramdisk = FOLDER / "dom0.cpio"
     dom0_ramdisk.write_bytes(_ramdisk(folder, DOM0_MODULES, "dom0-boot", ("dom0-init", "server.py", "hotplug")))
     guest_boot = _guest_boot({kind: (kernels or {}).get(kind, folder) for kind in GUEST_KINDS})
     return Images(
@@ -333,7 +336,7 @@ def _ramdisk(boot: Path, modules: Sequence[str], init: str, inside: Sequence[str
 
 def _guest_boot(boots: Mapping[str, Path]) -> Path:
     """Return an image (ext4) with the files that xl boots guests from, by the guest's kind."""
-    image = CACHE.parent / "guest-boot.img"
+    image = FOLDER / "guest-boot.img"
     with tempfile.TemporaryDirectory(dir=CACHE) as folder, made_whole(image) as part:
         made: dict[Path, str] = {}
         size = 16 << 20

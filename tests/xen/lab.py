@@ -27,9 +27,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from .channel import PATIENCE, PORT, ChannelError, CommandFailed, Machine
-from .images import ROOT, Images, build
+from .images import FOLDER, ImageError, Images, build
 
-FOLDER: Final = ROOT / "build" / "xen"
 STATE: Final = FOLDER / "lab.json"
 PASSED: Final = 77
 """QEMU's exit code when dom0 itself has said that the run is over and good. Nothing else ends QEMU with it."""
@@ -94,7 +93,6 @@ class Lab:
     def start(self, images: Images | None = None, *, stay: bool = False) -> None:
         """Boot Xen and dom0; return when dom0 takes commands and xl works. `stay`: outlive this process."""
         images = images or build(self._say)
-        FOLDER.mkdir(parents=True, exist_ok=True)
         # The disks' written parts are files in here that QEMU has already unlinked; sockets have short names.
         self._scratch = Path(tempfile.mkdtemp(prefix="sharearea-xen-"))
         for old in ("serial.log", "qemu.log", "xl-dmesg.log", *(p.name for p in FOLDER.glob("console-*.log"))):
@@ -395,6 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Do one thing with a lab that stays up between calls."""
     parser = argparse.ArgumentParser(prog="python -m tests.xen.lab", description="A Xen host to try things on.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs.add_parser("build", help="build what it boots, where that is missing")
     up = verbs.add_parser("up", help="boot it")
     up.add_argument("--xen", default="", metavar="OPTIONS", help="more options for Xen's command line")
     up.add_argument("--memory", type=int, default=MEMORY_MIB, metavar="MIB", help="memory of the host")
@@ -416,12 +415,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return _do(options)
-    except (LabError, ChannelError, CommandFailed) as error:
+    except (LabError, ChannelError, CommandFailed, ImageError) as error:
         print(f"lab: {error}", file=sys.stderr)
         return 1
 
 
 def _do(options: argparse.Namespace) -> int:
+    if options.verb == "build":
+        build(print)
+        return 0
     if options.verb == "up":
         with contextlib.suppress(LabError):
             Lab.attach()

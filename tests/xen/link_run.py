@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from .channel import PATIENCE, ChannelError, Machine, Running
-from .images import ROOT, update_lists
-from .lab import FOLDER, Lab
+from .images import FOLDER, ROOT, update_lists
+from .lab import Lab
 
 HERE: Final = Path(__file__).resolve().parent
 PEER: Final = FOLDER / "vchan_peer"

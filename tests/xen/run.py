@@ -21,8 +21,8 @@ from types import FrameType
 from typing import Any, Final
 
 from .channel import PATIENCE
-from .images import build
-from .lab import FOLDER, PASSED, Lab, LabError
+from .images import FOLDER, build
+from .lab import PASSED, Lab, LabError
 
 RESULTS: Final = FOLDER / "results.json"
 LIMIT_S: Final = 600.0 * PATIENCE

@@ -21,10 +21,10 @@ from typing import Any, Final
 
 from . import host, view_packages
 from .channel import ChannelError, CommandFailed, Machine
-from .images import HERE, ROOT, ImageError
+from .images import FOLDER, HERE, ROOT, ImageError
 from .kernel_log import complaints
 from .kernels import DEBUG, HOST_LINE, LINES, Kernel, debian, debug, usual
-from .lab import FOLDER, GUEST_MIB
+from .lab import GUEST_MIB
 from .run import Run, Stage, perform
 
 KMOD: Final = ROOT / "guest-agent" / "kmod"
@@ -33,6 +33,7 @@ RESULTS: Final = FOLDER / "view-results.json"
 GUESTS: Final = {"h1": "pvh", "v1": "pv"}
 FIRST: Final = {"h1": 8, "v1": 5000}
 """The first reference of each guest in the area's table."""
+TOOLS: Final = ("view_bench", "view_info")
 PAGES, TAIL, SEED = 512, 1234, 7  # view_probe.py has the same
 BIG_PAGES, BIG_SEED = 4096, 8
 LIMIT_S: Final = 2100.0
@@ -158,12 +159,6 @@ def build_module(kernel: Kernel, change: Callable[[Path], None] | None = None) -
     return work / "shareview.ko"
 
 
-def _build_bench() -> Path:
-    bench = WORK / "view_bench"
-    _call("gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-o", str(bench), str(HERE / "view_bench.c"))
-    return bench
-
-
 def _call(*words: str) -> None:
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
@@ -216,7 +211,6 @@ def _module(run: Run, kernels: dict[str, Kernel], vcpus: int) -> None:
     from . import view_debug
 
     modules = {kind: build_module(kernels.get(kind) or usual(run.say)) for kind in GUESTS.values()}
-    bench = _build_bench()
     if not run.lab.guests:
         host.install(run.lab.dom0, "sharearea")
     for name in list(run.lab.guests):
@@ -228,7 +222,8 @@ def _module(run: Run, kernels: dict[str, Kernel], vcpus: int) -> None:
         host.install(machine, "sharearea-agent")
         machine.put("/run/shareview.ko", modules[kind])
         machine.put("/run/view_probe.py", HERE / "view_probe.py")
-        machine.put("/run/view_bench", bench, mode=0o755)
+        for tool in TOOLS:
+            host.put_tool(machine, tool)
         run.say(f"  {name}: Linux {machine.run('uname -r').strip()}, {machine.run('nproc').strip()} vCPU")
         if looking:
             view_debug.begin(machine)

@@ -206,6 +206,7 @@ def _systemd(run: Run) -> None:
         machine.put(f"/tmp/{name}.deb", host.package(name))
     # No headers here: DKMS says so and is content.
     machine.run("dpkg -i /tmp/sharearea-agent.deb /tmp/sharearea-view-dkms.deb", timeout=400)
+    host.put_tool(machine, "view_info")
     module: Path = run.about["dkms_module"]
     machine.put(f"/lib/modules/{machine.run('uname -r').strip()}/updates/dkms/{module.name}", module)
     machine.run("depmod", timeout=100)

@@ -10,24 +10,25 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
 from . import host
 from .channel import ChannelError, CommandFailed, Machine
-from .images import HERE
-from .lab import FOLDER
+from .images import FOLDER, HERE
 from .run import Run
 from .view import FIRST, GUESTS, _counters, _granter, _log_is_clean, _none_in_use
 
 MIB: Final = 1 << 20
 PAGE_KIB: Final = 4
+JVM: Final = "/usr/lib/jvm"
+"""Only Java uses it, which is not run in a run that is not whole."""
 FOLDERS: Final = {
     "/usr/share/unicode": "/run/views/unicode",
     "/usr/lib/python3.11": "/run/views/python",
-    "/usr/lib/jvm": "/run/views/jvm",
+    JVM: "/run/views/jvm",
     "/srv/data": "/run/views/data",
 }
 """Plain folders, and where their views are."""
@@ -118,6 +119,8 @@ class World:
 
     broker: host.Broker
     agents: dict[str, host.Agent]
+    folders: dict[str, str]
+    """Those of FOLDERS that have a view."""
     outputs: dict[str, dict[str, str]] = field(default_factory=dict)
     """What each program said on plain folders."""
 
@@ -127,22 +130,22 @@ def programs(run: Run, *, whole: bool) -> None:
 
     `whole`: all programs and files, which takes an emulated host twelve minutes; else a part.
     """
-    world = _begin(run)
+    world = _begin(run, {plain: view for plain, view in FOLDERS.items() if whole or plain != JVM})
     chosen = PROGRAMS if whole else SHORT
     run.about["programs"] = world
     for name in GUESTS:
-        _equip(run.lab.guest(name))
+        _equip(run.lab.guest(name), world.folders)
     plain: dict[str, dict[str, int]] = {}
     for name in GUESTS:
         machine = run.lab.guest(name)
         drop_caches(machine)
-        begun = memory(machine)
+        begun = memory(machine, world.folders)
         world.outputs[name] = {}
         for program in chosen:
             world.outputs[name][program] = _ran(machine, program, view=False)
         world.outputs[name] |= _served(machine, view=False, whole=whole)
         run.say(f"  {name}: all programs have run on plain folders")
-        plain[name] = _grown(begun, memory(machine))
+        plain[name] = _grown(begun, memory(machine, world.folders))
     first, *others = world.outputs.values()
     assert all(first == other for other in others), "the guests' programs say different things on plain folders"
     world.broker.start()
@@ -153,7 +156,7 @@ def programs(run: Run, *, whole: bool) -> None:
     for name, kind in GUESTS.items():
         machine = run.lab.guest(name)
         drop_caches(machine)
-        begun = memory(machine)
+        begun = memory(machine, world.folders)
         for program in chosen:
             before = _counters(machine)
             assert _ran(machine, program, view=True) == first[program], f"{name}: {program} differs on the view"
@@ -162,7 +165,7 @@ def programs(run: Run, *, whole: bool) -> None:
         served = _served(machine, view=True, whole=whole)
         assert served.items() <= first.items(), f"{name}: nginx serves other bytes on the view"
         _note_use(run, name, "nginx", before, _counters(machine))
-        grown = _grown(begun, memory(machine))
+        grown = _grown(begun, memory(machine, world.folders))
         run.number(f"{kind}_programs_attached_pages", in_view[name])
         for key in ("folders_kib", "cached_kib", "used_kib"):
             run.number(f"{kind}_programs_{key}_plain_view", [plain[name][key], grown[key]])
@@ -171,7 +174,7 @@ def programs(run: Run, *, whole: bool) -> None:
         _log_is_clean(machine)
 
 
-def _begin(run: Run) -> World:
+def _begin(run: Run, folders: dict[str, str]) -> World:
     """Configure a broker and an agent for each guest, with views that are mounted."""
     with contextlib.suppress(OSError):  # an earlier stage may have done so
         _granter(run).ask(do="destroy")
@@ -181,23 +184,23 @@ def _begin(run: Run) -> World:
     run.about["logs"] = [("dom0", broker.log, "broker.log")]
     run.about["logs"] += [(name, agent.log, f"agent-{name}.log") for name, agent in agents.items()]
     for agent in agents.values():
-        agent.configure(list(FOLDERS), rescan_interval="10 s")
-    return World(broker, agents)
+        agent.configure(list(folders), rescan_interval="10 s")
+    return World(broker, agents, folders)
 
 
 def _configure(broker: host.Broker, **pool: object) -> None:
     broker.configure([{"name": name} for name in GUESTS], {}, {"max_area_bytes": "192 MiB"} | pool)
 
 
-def _equip(machine: Machine) -> None:
+def _equip(machine: Machine, folders: dict[str, str]) -> None:
     """Make the data, mount the views, and put there what is run."""
     machine.run("cat >/run/make-data && sh /run/make-data && sync", data=MAKE_DATA.encode(), timeout=240)
-    for plain, view in FOLDERS.items():
+    for plain, view in folders.items():
         machine.run(f"mkdir -p {view} && mount -t shareview -o lower={plain} none {view}")
     machine.put("/run/nginx-view.conf", NGINX)
     machine.put("/run/get.py", GET)
     machine.put("/run/reader.py", HERE / "view_reader.py")
-    binds = "".join(f"mount --bind {view} {plain}\n" for plain, view in FOLDERS.items())
+    binds = "".join(f"mount --bind {view} {plain}\n" for plain, view in folders.items())
     # What else is mounted stays; only this program and its children see the views.
     machine.put("/run/in-view", f'#!/bin/sh\nset -e\n{binds}exec sh -c "$1"\n', mode=0o755)
 
@@ -273,12 +276,11 @@ def drop_caches(machine: Machine) -> None:
     machine.run("sync; echo 3 >/proc/sys/vm/drop_caches")
 
 
-def memory(machine: Machine) -> dict[str, int]:
+def memory(machine: Machine, folders: Iterable[str]) -> dict[str, int]:
     """What the guest's kernel says: cached pages of the folders, all cached ones, and what is not free, in KiB."""
-    folders = " ".join(FOLDERS)
     said = machine.run(
-        f"find {folders} -type f -print0 | xargs -0 fincore -n -o PAGES | awk '{{n += $1}} END {{print n + 0}}'; "
-        "cat /proc/meminfo",
+        f"find {' '.join(folders)} -type f -print0 | xargs -0 fincore -n -o PAGES | "
+        "awk '{n += $1} END {print n + 0}'; cat /proc/meminfo",
         timeout=120,
     )
     pages, *lines = said.splitlines()
@@ -395,7 +397,7 @@ def end(run: Run) -> None:
         agent.ask("detach", path=None)
         run.lab.wait(f"{name} detached", lambda machine=machine: attached_pages(machine) == 0, limit=60)  # type: ignore[misc]
         agent.stop()
-        for view in FOLDERS.values():
+        for view in world.folders.values():
             machine.run(f"umount {view}")
         assert not agent.faults(), agent.faults()
         _log_is_clean(machine)
