@@ -1,18 +1,17 @@
 """What a mounted view does, shown on the real thing: runs inside a guest, as root, with the agent's package installed.
 
-`view_probe.py VERB AREA FIRST [SECONDS]`: AREA has granted us PAGES references from FIRST on, the pages of
+`view_probe.py VERB AREA FIRST`: AREA has granted us PAGES references from FIRST on, the pages of
 view_granter.content(SEED, PAGES, TAIL) in order. The module is loaded. Prints one JSON object; exit code 0 if all was
 as it must be, 1 and what was not on standard error if not.
 
   rules    read, mmap, attach, detach, writers, executing, pinned pages, unmount: each page compared, each refusal tried
-  misuse   every argument of every ioctl wrong, by itself and at random; mount options too
-  torture  readers of all kinds against attach and detach, writers on the lower file, dropped caches
+  misuse   every argument of every ioctl wrong, by itself; mount options too
   starve   every allocation of every call fails, one by one (a kernel with fault injection)
   measure  the same file attached and plain: time, and what the page cache holds
   hold     attach, and compare a mapping again and again until /run/view-stop is there; /run/view-state.json says how
            it is
 
-On PVH rules and torture execute bytes of pages that are attached: if the wall before that fell, the guest would die.
+On PVH rules executes bytes of pages that are attached: if the wall before that fell, the guest would die.
 """
 
 from __future__ import annotations
@@ -563,7 +562,7 @@ class Probe:
 
     # ------------------------------------------------------------------------------------------------------- misuse
 
-    def misuse(self, seconds: float) -> dict[str, Any]:
+    def misuse(self) -> dict[str, Any]:
         """Call wrongly."""
         self.write_lower()
         with self.mounted() as view:
@@ -571,17 +570,11 @@ class Probe:
             self._wrong_arguments(fd)
             self._wrong_structures(fd)
             os.close(fd)
-        with self.mounted("verify=all") as view:  # else other bytes for a page that is not cached are ours to avoid
-            fd = os.open(view / "data", os.O_RDONLY)
-            tried = self._at_random(fd, seconds)
-            self.control.detach(fd)
-            self.check(os.pread(fd, 1 << 24, 0) == self.want, "the file after all that")
-            os.close(fd)
         self._wrong_options()
         self.check(self.settled(), "pages are pending")
         info = self.control.info()
         self.check(info.tables == 0 and info.leaked_pages == 0, f"left: {info}")
-        return {"checks": self.checks, "random_calls": tried}
+        return {"checks": self.checks}
 
     def _wrong_arguments(self, fd: int) -> None:
         first, epoch = self.first, self.control.info().epoch
@@ -659,42 +652,6 @@ class Probe:
             other = struct.pack("=IiIIIIQQQ", 48, fd, flags, self.area, count, reserved, 16, 0, 0)
             self.refused(errno.EINVAL, lambda b=other: fcntl.ioctl(device, view_control.ATTACH, b), f"{flags} {count}")  # type: ignore[misc]
 
-    def _at_random(self, fd: int, seconds: float) -> dict[str, int]:
-        """Structures of random numbers, near what is right: nothing may come of it but an error, or what was meant."""
-        chance = random.Random(int(time.time()))
-        device, tally = self.control.fileno(), {"calls": 0, "attached": 0}
-        edges = (0, 1, 7, 8, self.first, self.area, PAGES - 1, PAGES, 48, 1 << 16, 1 << 20, 1 << 31, 0xFFFFFFFF)
-        calls = (view_control.ATTACH, view_control.DETACH, view_control.STATE, view_control.INFO)
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            tally["calls"] += 1
-            if chance.random() < 0.5:
-                start = chance.randrange(PAGES)
-                column = array("I")
-                for _ in range(chance.randrange(1, 5)):
-                    size = chance.choice((1, 2, 50, chance.choice(edges)))
-                    column.extend((start & 0xFFFFFFFF, (self.first + start) & 0xFFFFFFFF, size))
-                    start += size + chance.choice((-1, 0, 0, 3))
-                    if chance.random() < 0.2:
-                        column[chance.randrange(len(column))] = chance.choice(edges)
-                    start = max(start, 0)
-                with suppress(OSError):
-                    self.control.attach(fd, self.area, column.tobytes(), chance.choice((0, self.control.info().epoch)))
-                    tally["attached"] += 1
-                    if os.pread(fd, 1 << 24, 0) != self.want:
-                        self.check(False, f"other bytes after {column.tolist()}")
-                        return tally
-                    self.control.detach(fd)
-            else:
-                number = chance.choice(calls)
-                size = number >> 16 & 0x3FFF
-                words = [chance.choice(edges) for _ in range(size // 4)]
-                words[0] = chance.choice((size, size, size, words[0]))
-                words[1] = chance.choice((fd, words[1]))
-                with suppress(OSError):
-                    fcntl.ioctl(device, number, bytearray(struct.pack(f"={len(words)}I", *words)), True)
-        return tally
-
     def _wrong_options(self) -> None:
         VIEW.mkdir(exist_ok=True)
         for options in (
@@ -717,134 +674,6 @@ class Probe:
             self.check(subprocess.run(inner, capture_output=True).returncode != 0, "a view of a view was mounted")
             again = ["mount", "-o", "remount,rw", str(view)]
             self.check(subprocess.run(again, capture_output=True).returncode != 0, "remounted to be written")
-
-    # ------------------------------------------------------------------------------------------------------ torture
-
-    def torture(self, seconds: float) -> dict[str, Any]:
-        """Readers against attach and detach; every byte is compared with the generations that it may be of."""
-        self.write_lower()
-        end = time.monotonic() + seconds
-        tally: dict[str, int] = {}
-        with self.mounted() as view:
-            readers = [
-                ("read", self._reader),
-                ("map", self._mapper),
-                ("private", self._private),
-                ("fork", self._forker),
-                ("execute", self._executor),
-                ("sendfile", self._sender),
-            ]
-            children: list[tuple[str, int, int]] = []
-            for name, work in readers:
-                inward, outward = os.pipe()
-                child = os.fork()
-                if child == 0:
-                    code = 1
-                    try:
-                        os.close(inward)
-                        count = 0
-                        while time.monotonic() < end:
-                            count += work(view / "data")
-                        os.write(outward, struct.pack("Q", count))
-                        code = 0
-                    except BaseException as error:
-                        sys.stderr.write(f"view_probe: {name}: {error!r}\n")
-                    os._exit(code)
-                os.close(outward)
-                children.append((name, child, inward))
-            cycles = writes = refused = 0
-            fd = os.open(view / "data", os.O_RDONLY)
-            chance = random.Random(5)
-            while time.monotonic() < end:
-                try:
-                    self.attach(fd)
-                    cycles += 1
-                except OSError as error:
-                    refused += 1
-                    if error.errno not in (errno.EAGAIN, errno.EEXIST):
-                        self.check(False, f"attach: {error}")
-                        break
-                time.sleep(chance.random() / 20)
-                match chance.randrange(4):
-                    case 0:
-                        drop_caches()
-                    case 1:
-                        # The same bytes again, through the lower file: readers see nothing of it.
-                        with open(LOWER / "data", "r+b", buffering=0) as writer:
-                            writer.seek(40 * PAGE)
-                            writer.write(self.want[40 * PAGE : 44 * PAGE])
-                        writes += 1
-                    case _:
-                        self.control.detach(fd)
-            self.control.detach(fd)
-            os.close(fd)
-            for name, child, inward in children:
-                told = os.read(inward, 8)
-                _, status = os.waitpid(child, 0)
-                self.check(status == 0, f"{name} ended with {status}")
-                tally[name] = struct.unpack("Q", told)[0] if told else 0
-                self.check(tally[name] > 0, f"{name} compared nothing")
-        self.check(cycles > 5, f"{cycles} times attached")
-        self.check(self.settled(), "pages are pending at the end")
-        self.check(self.control.info().leaked_pages == 0, "pages were leaked")
-        return {"cycles": cycles, "writes": writes, "refused": refused, "pages_compared": tally}
-
-    def _same(self, found: bytes, first: int, what: str) -> int:
-        if found != self.padded[first * PAGE : first * PAGE + len(found)]:
-            raise RuntimeError(f"{what}: other bytes from page {first} on")
-        return len(found) // PAGE
-
-    def _reader(self, path: Path) -> int:
-        with open(path, "rb", buffering=0) as file:
-            first = random.randrange(PAGES - 70)
-            return self._same(os.pread(file.fileno(), 64 * PAGE, first * PAGE), first, "read")
-
-    def _mapper(self, path: Path) -> int:
-        with self._mapped(path) as mapping:
-            return sum(self._same(mapping.bytes(first, 64), first, "map") for first in range(0, PAGES - 64, 64))
-
-    def _private(self, path: Path) -> int:
-        with self._mapped(path, READ | WRITE, private=True) as mapping:
-            page = random.randrange(PAGES - 1)
-            ctypes.memset(mapping.address + page * PAGE + 1, 0x77, 8)
-            time.sleep(0.002)
-            found = mapping.bytes(page, 1)
-            if found[:9] != b"\xc3" + b"\x77" * 8:
-                raise RuntimeError("private: a store is gone")
-            return self._same(b"\xc3" + self.padded[page * PAGE + 1 :][:8] + found[9:], page, "private")
-
-    def _forker(self, path: Path) -> int:
-        with self._mapped(path) as mapping:
-            mapping.bytes(0, 32)
-            code = in_child(lambda: self._same(mapping.bytes(0, 128), 0, "fork"))
-            if code:
-                raise RuntimeError(f"fork: {code}")
-            return 128
-
-    def _executor(self, path: Path) -> int:
-        with self._mapped(path) as mapping:
-            page = random.randrange(PAGES - 1)
-            self._same(mapping.bytes(page, 1), page, "execute")
-            mapping.protect(READ | EXEC)
-            mapping.execute(page)
-            mapping.protect(READ)
-            return self._same(mapping.bytes(page, 1), page, "execute")
-
-    def _sender(self, path: Path) -> int:
-        with open(path, "rb", buffering=0) as file, open("/run/view-sent", "w+b", buffering=0) as copy:
-            first = random.randrange(PAGES - 40)
-            sent = os.sendfile(copy.fileno(), file.fileno(), first * PAGE, 32 * PAGE)
-            return self._same(os.pread(copy.fileno(), sent, 0), first, "sendfile")
-
-    @contextmanager
-    def _mapped(self, path: Path, protection: int = READ, *, private: bool = False) -> Iterator[Mapping]:
-        fd = os.open(path, os.O_RDONLY)
-        mapping = Mapping(fd, len(self.want), protection, private=private)
-        os.close(fd)
-        try:
-            yield mapping
-        finally:
-            mapping.close()
 
     # ------------------------------------------------------------------------------------------------------- starve
 
@@ -1067,11 +896,9 @@ def drop_caches() -> None:
 def main() -> int:
     """Run one verb."""
     probe = Probe(int(sys.argv[2]), int(sys.argv[3]))
-    seconds = float(sys.argv[4]) if len(sys.argv) > 4 else 30.0
     verbs: dict[str, Callable[[], dict[str, Any]]] = {
         "rules": probe.rules,
-        "misuse": lambda: probe.misuse(seconds),
-        "torture": lambda: probe.torture(seconds),
+        "misuse": probe.misuse,
         "starve": probe.starve,
         "measure": probe.measure,
         "hold": probe.hold,

@@ -19,7 +19,7 @@ from . import host
 from .channel import ChannelError, CommandFailed, Machine
 from .images import FOLDER, HERE
 from .run import Run
-from .view import FIRST, GUESTS, _counters, _granter, _log_is_clean, _none_in_use
+from .view import FIRST, GUESTS, PROBES, _counters, _granter, _log_is_clean, _none_in_use
 
 MIB: Final = 1 << 20
 PAGE_KIB: Final = 4
@@ -412,9 +412,7 @@ def same(run: Run) -> None:
     """Compare view and plain folder, item by item, in each guest."""
     for name, kind in GUESTS.items():
         machine = run.lab.guest(name)
-        for file in ("__init__.py", "view_probe.py", "view_same.py"):
-            machine.put(f"/run/probes/tests/xen/{file}", HERE / file)
-        words = f"cd /run/probes && python3 -m tests.xen.view_same {run.about['area']} {FIRST[name]}"
+        words = f"cd {PROBES} && python3 -m tests.xen.view_same {run.about['area']} {FIRST[name]}"
         done = machine.try_run(words, timeout=400)
         (FOLDER / f"same-{name}.json").write_text(done.out)
         assert done.code == 0, f"{name}: {done.err[-4000:]}"
