@@ -260,7 +260,7 @@ class Torture:
     def _map(self, _: random.Random) -> int:
         done = 0
         with self._mapped() as mapping:
-            for first in range(0, PAGES - 64, 64):
+            for first in (*range(0, PAGES - 64, 64), *range(0, PAGES - 64, 64)):  # what was mapped before, too
                 since = self.clock.written
                 done += self._same(mapping.bytes(first, 64), first, since, "map")
         return done
@@ -282,7 +282,7 @@ class Torture:
     def _fork(self, _: random.Random) -> int:
         since = self.clock.written
         with self._mapped() as mapping:
-            mapping.bytes(0, 32)
+            mapping.bytes(0, 64)
             code = in_child(lambda: self._same(mapping.bytes(0, 128), 0, since, "fork"))
             if code:
                 raise RuntimeError(f"fork: {code}")
