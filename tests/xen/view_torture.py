@@ -170,6 +170,7 @@ class Torture:
                 "read": self._read,
                 "direct": self._direct,
                 "map": self._map,
+                "held": self._held,
                 "private": self._private,
                 "fork": self._fork,
                 "mremap": self._mremap,
@@ -194,10 +195,10 @@ class Torture:
                     case 0:
                         drop_caches()
                     case 1:
-                        self._change()
-                        time.sleep(chance.random() / 20)
-                        self._change()
-                        counts["generations"] += 2
+                        for _ in range(2 * chance.randrange(1, 4)):  # granted bytes in the end
+                            self._change()
+                            counts["generations"] += 1
+                            time.sleep(chance.random() / 5)
                     case _:
                         probe.control.detach(fd)
             probe.control.detach(fd)
@@ -263,6 +264,16 @@ class Torture:
             for first in (*range(0, PAGES - 64, 64), *range(0, PAGES - 64, 64)):  # what was mapped before, too
                 since = self.clock.written
                 done += self._same(mapping.bytes(first, 64), first, since, "map")
+        return done
+
+    def _held(self, chance: random.Random) -> int:
+        """A mapping that is there before and after whatever happens."""
+        done = 0
+        with self._mapped() as mapping:
+            for _ in range(50):
+                since = self.clock.written
+                done += self._same(mapping.bytes(HOT.start - 2, 8), HOT.start - 2, since, "held")
+                time.sleep(chance.random() / 50)
         return done
 
     def _private(self, chance: random.Random) -> int:
