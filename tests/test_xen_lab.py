@@ -1,8 +1,11 @@
-"""What of the Xen lab needs no Xen: how a kernel's log is read."""
+"""What of the Xen lab needs no Xen: how a kernel's log is read, and what torture takes for right."""
 
 from __future__ import annotations
 
+import pytest
+
 from tests.xen.kernel_log import complaints
+from tests.xen.view_torture import is_of, stamp
 
 HARMLESS = """\
 [  214.815063] ------------[ cut here ]------------
@@ -38,3 +41,21 @@ def test_the_same_warning_elsewhere_is_a_complaint() -> None:
 
 def test_a_log_that_begins_inside_a_complaint_is_none_the_less_one() -> None:
     assert len(complaints(HARMLESS.partition("\n")[2])[1]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("found", "generations", "expected"),
+    [
+        (b"granted", range(1), True),
+        (b"granted", range(4, 5), True),
+        (b"granted", range(1, 2), False),  # what was granted, where another generation has to be
+        (bytes([stamp(1)]) * 7, range(1, 2), True),
+        (bytes([stamp(1)]) * 7, range(2, 4), False),  # one that has gone
+        (bytes([stamp(3)]) * 7, range(2, 4), True),
+        (bytes([stamp(3)]) * 3 + b"nted", range(2, 4), True),  # half written
+        (bytes([stamp(3)]) * 3 + b"nted", range(3, 4), False),
+        (b"grantee", range(4), False),
+    ],
+)
+def test_torture_knows_which_generation_a_byte_may_be_of(found: bytes, generations: range, expected: bool) -> None:
+    assert is_of(found, b"granted", generations) == expected
