@@ -43,6 +43,7 @@ class Device(ViewControl):
         self.epoch = 0
         self.refused = 0
         self.fail = 0
+        self.resident = 0
         self.holds: list[bool] = []
         self.attaching: Callable[[], None] = lambda: None
 
@@ -59,7 +60,7 @@ class Device(ViewControl):
         if number in self.tables:
             raise OSError(errno.EEXIST, "")
         self.tables[number] = (domid, runs)
-        return 0
+        return self.resident
 
     def detach(self, file: int) -> bool:
         return self.tables.pop(os.fstat(file).st_ino, None) is not None
@@ -210,6 +211,15 @@ def test_descriptors_are_closed_with_what_they_were_for(house: House) -> None:
     house.views.put_out(house.key("one"))
     assert open_files() == before
     assert house.device.tables == {}
+
+
+@pytest.mark.parametrize("proven", [False, True])
+def test_what_was_not_compared_counts_as_unread_if_the_agent_never_read_it(house: House, proven: bool) -> None:
+    handle = house.take_in("one")
+    house.device.resident = 2
+    house.views.share(agent.ShareWith(VIEWS, handle, 1, RUNS, 5, proven))
+    said = [agent.Compared(house.key("one"), 1, 2)] if proven else []
+    assert house.events == [*said, agent.ConsumerMapped(VIEWS, handle, 1, 3, MAPPED_DONE)]
 
 
 def open_files() -> int:

@@ -230,7 +230,7 @@ def test_what_was_compared_after_all_is_not_unread() -> None:
 
 
 def test_where_nobody_says_what_was_compared_nothing_counts() -> None:
-    """As in views: what was dropped is no proof that the rest was never read."""
+    """As of a file that the agent has read itself: what was dropped is no proof that the rest was never read."""
     guest = Guest()
     guest.verdict(wire.Verdict.KNOWN)
     guest.offer()

@@ -60,6 +60,10 @@ def mounted_views(mountinfo: bytes, covered: Sequence[Covered] = ()) -> list[Mou
     return list(found.values())
 
 
+# What becomes an entry's descriptor, and how many pages were compared with the file.
+_Attaching = Future[tuple[int, int]]
+
+
 @dataclass(slots=True)
 class _Entry:
     """A file that is in a view."""
@@ -70,7 +74,7 @@ class _Entry:
     epoch: int = 0  # from before its grants were asked for
     fd: int = -1  # of the view's file, while pages are attached
     generation: int = 0
-    attaching: Future[int] | None = None  # under way on the worker; its result is to become `fd`
+    attaching: _Attaching | None = None  # under way on the worker
 
 
 class Views:
@@ -159,10 +163,10 @@ class Views:
         except OSError as error:
             self._not_attached(entry, action, error)
             return
-        entry.attaching = under_way = Future[int]()
+        entry.attaching = under_way = _Attaching()
         self._submit(partial(self._attach, entry, entry.epoch, action, under_way))
 
-    def _attach(self, entry: _Entry, epoch: int, action: agent.ShareWith, under_way: Future[int]) -> Then | None:
+    def _attach(self, entry: _Entry, epoch: int, action: agent.ShareWith, under_way: _Attaching) -> Then | None:
         """On the worker: attach, unless that was called off."""
         if not under_way.set_running_or_notify_cancel():
             return None
@@ -174,22 +178,22 @@ class Views:
             seen = os.fstat(fd)
             if (seen.st_dev, seen.st_ino) != entry.key:
                 raise OSError(errno.ESTALE, "another file")
-            self._control.attach(fd, action.grantor, action.runs, epoch)
+            compared = self._control.attach(fd, action.grantor, action.runs, epoch)
         except BaseException as error:
             if fd >= 0:
                 os.close(fd)
             under_way.set_exception(error)
         else:
-            under_way.set_result(fd)
+            under_way.set_result((fd, compared))
         return partial(self._attached, entry, action, under_way)
 
-    def _attached(self, entry: _Entry, action: agent.ShareWith, under_way: Future[int]) -> None:
+    def _attached(self, entry: _Entry, action: agent.ShareWith, under_way: _Attaching) -> None:
         """Take what the worker has attached, unless somebody has waited for it to let it go."""
         if entry.attaching is not under_way:
             return
         entry.attaching = None
         try:
-            entry.fd = under_way.result()
+            entry.fd, compared = under_way.result()
             pages, _ = self._control.state(entry.fd)
         except (OSError, ValueError) as error:
             self._not_attached(entry, action, error)
@@ -197,6 +201,8 @@ class Views:
         if not pages:  # lost since: look() has not known of it
             os.close(entry.fd)
             entry.fd = -1
+        elif action.proven:  # another has been read, by whom and when nobody knows
+            self._feed(agent.Compared(entry.key, action.generation, compared))
         outcome = MAPPED_DONE if pages else MAPPED_NO_ROOM
         self._feed(agent.ConsumerMapped(VIEWS, action.handle, action.generation, pages, outcome))
 
@@ -223,7 +229,7 @@ class Views:
         """
         under_way, entry.attaching = entry.attaching, None
         if under_way is not None and not under_way.cancel() and under_way.exception() is None:
-            entry.fd = under_way.result()
+            entry.fd, _ = under_way.result()
         fd, entry.fd = entry.fd, -1
         if fd >= 0:
             try:

@@ -382,7 +382,7 @@ def _agents(run: Run) -> None:
     """Both guests have the same files; what is read through the view comes from the area, and follows a writer."""
     _granter(run).ask(do="destroy")
     broker = host.Broker(run.lab)
-    broker.configure([{"name": name} for name in GUESTS], {}, {"max_area_bytes": "64 MiB"})
+    broker.configure([{"name": name} for name in GUESTS], {"grace": "120 s"}, {"max_area_bytes": "64 MiB"})
     agents = {name: host.Agent(run.lab, name) for name in GUESTS}
     run.about["logs"] = [("dom0", broker.log, "broker.log")]
     run.about["logs"] += [(name, agent.log, f"agent-{name}.log") for name, agent in agents.items()]
@@ -417,6 +417,7 @@ def _agents(run: Run) -> None:
         assert machine.run(f"cd {SEEN}; sha256sum f*") == sums[name], f"{name}: other bytes through the view"
         assert _counters(machine)["read_bytes"] > before["read_bytes"], f"{name}: nothing came from granted pages"
         run.number(f"{name}_agent_attached_pages", agents[name].status()["view"]["attached_pages"])
+    _cold_start(run, agents["h1"], sums["h1"])
     # A writer who knows nothing of it all, and a file that is replaced.
     writer = run.lab.guest("h1")
     writer.run(f"printf changed | dd of={SHARED}/f0 conv=notrunc status=none", timeout=30)
@@ -434,6 +435,29 @@ def _agents(run: Run) -> None:
         _log_is_clean(machine)
     broker.stop()
     assert not broker.faults(), broker.faults()
+
+
+def _cold_start(run: Run, agent: host.Agent, sums: str) -> None:
+    """A guest that has nothing in its page cache, with the fingerprints of an earlier agent: the disk is not read."""
+    machine = run.lab.guest(agent.guest)
+    agent.kill()
+    machine.run("sync; echo 3 >/proc/sys/vm/drop_caches")
+    agent.start()
+
+    def attached() -> bool:
+        return bool(agent.status().get("view", {}).get("attached_files", 0) >= SHARED_FILES)
+
+    run.lab.wait("all files attached without their being read", attached, limit=150, pause=1)
+    sectors = "set -- $(cat /sys/block/xvda/stat); echo $3"
+    before = int(machine.run(f"sha256sum /dev/null >&2; {sectors}"))  # which has to be read itself
+    assert machine.run(f"cd {SEEN}; sha256sum f*") == sums, "other bytes through the view"
+    read = (int(machine.run(sectors)) - before) * 512
+    about = agent.status()
+    unread, pages = about["unread_pages"], about["view"]["attached_pages"]
+    run.number("cold_start_pages_attached_unread", [pages, unread])
+    run.number("cold_start_bytes_read_from_disk", read)
+    assert unread >= 0.95 * pages, f"{unread} of {pages} pages were not read"
+    assert read <= 0.05 * pages * 4096, f"{read} bytes were read from the disk"
 
 
 def _nothing_attached(machine: Machine) -> bool:
