@@ -3,7 +3,9 @@
 `python -m tests.xen.lab up|create|d0|guest|put|down` is the same for the hand (README.md). The emulator is QEMU without
 hardware help (TCG), so that it runs anywhere. Two of its settings are musts: `-smap`, with which dom0 dies in its first
 instructions, and Xen's `xsave=0`, without which vector registers get lost now and then when a virtual CPU is switched,
-silently, so that hashes come out wrong.
+silently, so that hashes come out wrong. And once in hours nothing is scheduled any more, as if a timer of Xen's were
+lost: it took 122, 394 and 397 s, which a guest's kernel calls a stall, until a device interrupted (probably the user
+network's router advertisement). So dom0 gets a datagram every second, which nobody there wants.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,7 +88,7 @@ class Lab:
         self._scratch: Path | None = None
         self._pid = 0
         self._process: subprocess.Popen[bytes] | None = None
-        self._port = 0
+        self._port = self._beat_port = 0
         self.guests: dict[str, Guest] = {}
 
     # ------------------------------------------------------------------------------------------------- its own life
@@ -107,7 +110,7 @@ class Lab:
             *("-qmp", f"unix:{self._scratch / 'qmp'},server=on,wait=off"),
             *("-device", "isa-debug-exit,iobase=0xf4,iosize=1"),
             *("-kernel", str(images.xen), "-append", self._xen_options, "-initrd", kernel),
-            *("-nic", f"user,model=virtio-net-pci,restrict=on,hostfwd=tcp:127.0.0.1:0-:{PORT}"),
+            *("-nic", "user,model=virtio-net-pci,restrict=on,hostfwd=" + ",hostfwd=".join(_FORWARDED.values())),
         ]
         systemd = [images.systemd_root] if images.systemd_root is not None else []
         for image in (images.dom0_root, *(images.guest_root for _ in DISKS), images.guest_boot, *systemd):
@@ -126,7 +129,8 @@ class Lab:
         begun = time.monotonic()
         try:
             self.wait("QEMU's control socket", (self._scratch / "qmp").exists, limit=20)
-            self._port = self._forwarded_port(self._scratch / "qmp")
+            self._port, self._beat_port = self._forwarded_ports(self._scratch / "qmp")
+            threading.Thread(target=self._beat, name="sharearea-xen-beat", daemon=True).start()
             self.wait("dom0", lambda: self.dom0.try_run("test -e /run/lab-ready", timeout=5).code == 0, limit=BOOT_S)
         except BaseException:
             self.stop()
@@ -358,8 +362,16 @@ class Lab:
         state = {"pid": self._pid, "port": self._port, "scratch": str(self._scratch), "guests": guests}
         STATE.write_text(json.dumps(state))
 
-    def _forwarded_port(self, path: Path) -> int:
-        """Ask QEMU which port of this host it took for dom0's command channel."""
+    def _beat(self) -> None:
+        """Have dom0's network device interrupt every second, as long as QEMU runs."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            while self.alive:
+                with contextlib.suppress(OSError):
+                    sock.sendto(b"beat", ("127.0.0.1", self._beat_port))
+                time.sleep(_BEAT_S)
+
+    def _forwarded_ports(self, path: Path) -> list[int]:
+        """Ask QEMU which ports of this host it took for dom0's: those of _FORWARDED."""
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(10)
             sock.connect(str(path))
@@ -372,12 +384,16 @@ class Lab:
                     control.write(json.dumps(command) + "\n")
                     control.flush()
                     answer = json.loads(control.readline())
-        found = re.search(r"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)", answer["return"])
-        if not found:
-            raise LabError(f"QEMU names no port: {answer}")
-        return int(found[1])
+        about = answer["return"]
+        found = [re.search(rf"{kind}\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)", about) for kind in _FORWARDED]
+        if not all(found):
+            raise LabError(f"QEMU does not name its ports: {answer}")
+        return [int(each[1]) for each in found if each]
 
 
+_BEAT_S: Final = 1.0
+_FORWARDED: Final = {"TCP": f"tcp:127.0.0.1:0-:{PORT}", "UDP": "udp:127.0.0.1:0-:9"}
+"""The command channel, and discard, where nobody listens."""
 _EXIT: Final = "f = open('/dev/port', 'r+b', 0); f.seek(0xf4); f.write(bytes([{0}]))"
 
 
