@@ -114,26 +114,26 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self._shared = mmap.mmap(-1, PAGE)
-        self._begun = self._written = 0
+        # Not struct: it writes zeros first, which a reader may see.
+        self._numbers = (ctypes.c_uint64 * 2).from_buffer(mmap.mmap(-1, PAGE))
 
     @property
     def written(self) -> int:
         """The last generation that is there as a whole."""
-        return int(struct.unpack_from("=Q", self._shared, 8)[0])
+        return int(self._numbers[1])
 
     @property
     def begun(self) -> int:
         """The last one that may be there in part."""
-        return int(struct.unpack_from("=Q", self._shared, 0)[0])
+        return int(self._numbers[0])
 
     @contextmanager
     def next(self) -> Iterator[int]:
         """Write another generation inside of this."""
         number = self.begun + 1
-        struct.pack_into("=Q", self._shared, 0, number)
+        self._numbers[0] = number
         yield number
-        struct.pack_into("=Q", self._shared, 8, number)
+        self._numbers[1] = number
 
 
 def stamp(generation: int) -> int:
