@@ -224,8 +224,9 @@ class Views:
         self._feed(agent.ConsumerLetGo(VIEWS, action.handle, action.generation))
 
     def _let_go(self, entry: _Entry) -> None:
-        """Afterwards nothing of a file is attached. What the worker is just attaching is waited for: it ends soon, as
-        the kernel calls comparing off when a writer comes.
+        """Afterwards nothing of a file is attached. What the worker is just attaching is waited for.
+
+        When a writer comes the kernel calls comparing off; else `verify=all` reads to its end, and the loop waits.
         """
         under_way, entry.attaching = entry.attaching, None
         if under_way is not None and not under_way.cancel() and under_way.exception() is None:

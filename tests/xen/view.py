@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Stage("save-restore", 600, "saved and restored with a view attached and mapped", _save_restore),
         Stage(
             "agents",
-            600,
+            400 + 200 * options.programs,
             "broker and agents fill the views by themselves; a program that knows nothing reads",
             partial(_agents, cold=options.programs),
         ),
@@ -258,7 +258,7 @@ def _misuse(run: Run, seconds: float) -> None:
 def _at_random(run: Run, name: str, verb: str, seconds: float) -> dict[str, Any]:
     """Run a verb of view_torture.py in a guest; return what it found. CommandFailed if anything was wrong."""
     words = f"cd {PROBES} && python3 -m tests.xen.view_torture {verb} {run.about['area']} {FIRST[name]} {seconds}"
-    found: dict[str, Any] = json.loads(run.lab.guest(name).run(words, timeout=150 + seconds))
+    found: dict[str, Any] = json.loads(run.lab.guest(name).run(words, timeout=120 + seconds))
     _log_is_clean(run.lab.guest(name))
     _none_in_use(run, name)
     return found
@@ -388,7 +388,8 @@ def _agents(run: Run, *, cold: bool) -> None:
     """
     _granter(run).ask(do="destroy")
     broker = host.Broker(run.lab)
-    broker.configure([{"name": name} for name in GUESTS], {"grace": "120 s"}, {"max_area_bytes": "64 MiB"})
+    grace: dict[str, object] = {"grace": "120 s"} if cold else {}  # an agent takes its time to start again
+    broker.configure([{"name": name} for name in GUESTS], grace, {"max_area_bytes": "64 MiB"})
     agents = {name: host.Agent(run.lab, name) for name in GUESTS}
     run.about["logs"] = [("dom0", broker.log, "broker.log")]
     run.about["logs"] += [(name, agent.log, f"agent-{name}.log") for name, agent in agents.items()]
